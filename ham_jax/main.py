@@ -1,0 +1,151 @@
+"""Flags, start-up order and `--mode`; nothing else.
+
+python -m ham_jax.main --config=configs/resnet.py
+python -m ham_jax.main --config=configs/resnet.py:50 --config.train.batch_size=128
+python -m ham_jax.main --mode=eval --workdir=runs/resnet --split=val
+python -m ham_jax.main --mode=predict --workdir=runs/resnet --images=photographs/
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from ham_jax import config as configuration
+from ham_jax.config import InputError
+
+_CONFIG = flags.DEFINE_string(
+    "config", None, "A file of configs/, with :argument for a variant; --config.a.b=c sets one key."
+)
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "prepare", "eval", "predict"], "What to do.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where a run's files are. Default: runs/<name of the config file>."
+)
+_SPLIT = flags.DEFINE_enum("split", "val", ["val", "test", "train"], "What --mode=eval looks at.")
+_IMAGES = flags.DEFINE_string(
+    "images", None, "--mode=predict: a file, a folder, a glob or a CSV with a column 'path'."
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "--mode=predict: the CSV to write. Default: <workdir>/predict.csv."
+)
+
+_BAD_INPUT = 2  # exit code
+_overrides: list[tuple[str, str]] = []  # (key, text) of each --config.key=text
+
+
+def split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Takes `--config.a.b=c` and `--config.a.b c` out of a command line.
+
+    Returns:
+      The other arguments, and (key, text) pairs. A key without a value gets an empty text.
+    """
+    others, pairs = [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        match = re.fullmatch(r"--?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
+        if match is None:
+            others.append(argument)
+        else:
+            key, text = match.groups()
+            pairs.append((key, next(arguments, "") if text is None else text))
+    return others, pairs
+
+
+def main(argv: list[str]) -> None:
+    """Checks the whole input, then starts what is heavy and does what `--mode` says."""
+    faults = [f"{a!r}: every argument must be a --flag." for a in argv[1:]]
+    faults += _flag_faults()
+    config = None
+    if _CONFIG.value and _MODE.value in ("train", "prepare"):
+        config = configuration.load(_CONFIG.value)
+        faults += _config_faults(config)
+    if faults:
+        raise InputError(faults)
+    workdir = Path(_WORKDIR.value or _default_workdir())
+
+    from ham_jax import parallel  # from here on, seconds of imports
+
+    parallel.initialize()
+    parallel.compile_cache()
+    mesh = parallel.mesh()
+    logging.set_verbosity(logging.INFO if parallel.is_main() else logging.WARNING)
+    if _MODE.value == "train":
+        from ham_jax.training import loop
+
+        configuration.validate(config, mesh.devices.size)
+        with parallel.Preemption() as preemption:
+            try:
+                loop.train(config, workdir, mesh, preemption)
+            except loop.Preempted as stopped:
+                logging.info("%s", stopped)
+                sys.exit(stopped.exit_code)
+    elif _MODE.value == "prepare":
+        from ham_jax.data import prepare
+
+        data = prepare.prepare(config)
+        if parallel.is_main():
+            workdir.mkdir(parents=True, exist_ok=True)
+            data.audit.write(workdir)
+            print(data.audit.text())
+            print(f"Written: {workdir}/audit.csv, {workdir}/audit.json")
+    elif _MODE.value == "eval":
+        from ham_jax.evaluation import evaluate
+
+        evaluate.run(workdir, _SPLIT.value, _overrides, mesh)
+    else:
+        from ham_jax.inference import predict
+
+        output = Path(_OUTPUT.value or workdir / "predict.csv")
+        if not predict.run(workdir, _IMAGES.value, output, _overrides, mesh):
+            raise InputError("No photograph could be read; the CSV says why of each.")
+
+
+def _flag_faults() -> list[str]:
+    mode = _MODE.value
+    faults = []
+    if mode in ("train", "prepare") and not _CONFIG.value:
+        faults.append(
+            f"--mode={mode} needs --config: configs/resnet.py for HAM10000, configs/demo.py for"
+            " synthetic lesions that need no data."
+        )
+    if mode in ("eval", "predict") and _WORKDIR.value is None and not _CONFIG.value:
+        faults.append(f"--mode={mode} needs --workdir, the folder of a training run.")
+    if mode == "predict" and not _IMAGES.value:
+        faults.append("--mode=predict needs --images: a file, a folder, a glob or a CSV.")
+    return faults
+
+
+def _config_faults(config) -> list[str]:
+    faults = configuration.override(config, _overrides)
+    try:
+        configuration.validate(config)
+    except InputError as error:
+        faults += error.faults
+    return faults
+
+
+def _default_workdir() -> str:
+    file, _, variant = _CONFIG.value.partition(":")
+    return "runs/" + "-".join(filter(None, [Path(file).stem, variant]))
+
+
+def run() -> None:
+    """Entry point: bad input ends as its sentences and exit code 2, not as a traceback."""
+    try:
+        app.run(main, flags_parser=_parse)
+    except InputError as error:
+        print("\n".join(f"ham_jax: {fault}" for fault in error.faults), file=sys.stderr)
+        sys.exit(_BAD_INPUT)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    others, _overrides[:] = split_overrides(argv)
+    try:
+        return flags.FLAGS(others)
+    except flags.Error as error:
+        raise InputError(f"{error}") from error
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,119 @@
+"""A configuration is what it says, or is refused with every fault at once."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ham_jax import config as configuration
+from ham_jax.config import InputError
+
+KEYS = sorted(configuration.flatten(configuration.base()))
+
+
+def faults_of(config, **kwargs):
+    with pytest.raises(InputError) as error:
+        configuration.validate(config, **kwargs)
+    return error.value.faults
+
+
+@pytest.mark.parametrize("file", ["resnet.py", "resnet.py:34", "resnet.py:50", "demo.py"])
+def test_every_config_file_is_valid(file, request):
+    configuration.validate(configuration.load(f"{request.config.rootpath}/configs/{file}"))
+
+
+def test_overrides_take_the_type_of_their_key():
+    c = configuration.base()
+    texts = [
+        ("train.batch_size", "32"),
+        ("optim.learning_rate", "1"),
+        ("data.download", "true"),
+        ("data.canvas", "(450, 600)"),
+        ("data.test_dir", "isic/test"),
+        ("data.split_seed", "None"),
+        ("train.duration", "{'steps': 10}"),
+        ("eval.every.epochs", "0.5"),
+        ("log.profile", "[3, 5]"),
+    ]
+    assert configuration.override(c, texts) == []
+    assert (c.train.batch_size, c.optim.learning_rate, c.data.download) == (32, 1.0, True)
+    assert (c.data.canvas, c.data.test_dir, c.data.split_seed) == ((450, 600), "isic/test", None)
+    assert dict(c.train.duration) == {"steps": 10}
+    assert dict(c.eval.every) == {"epochs": 0.5}
+    assert c.log.profile == (3, 5)
+    configuration.validate(c)
+
+
+def test_all_faults_of_a_command_line_are_named_at_once():
+    c = configuration.base()
+    faults = configuration.override(
+        c,
+        [
+            ("train.batch_sze", "3"),
+            ("crop_px", "64"),
+            ("data", "x"),
+            ("augment.crop_px", "wide"),
+            ("train.duration.weeks", "3"),
+            ("seed", "1.5"),
+            ("optim.freeze", "stem"),
+        ],
+    )
+    assert len(faults) == 7
+    assert "Did you mean 'train.batch_size'?" in faults[0]
+    assert "Did you mean 'augment.crop_px'?" in faults[1]
+    assert "is a section" in faults[2]
+    assert all("this is not" in fault for fault in faults[3:])
+
+
+def test_all_faults_of_the_values_are_named_at_once():
+    c = configuration.base()
+    c.loss.imbalance = "weigthed"
+    c.data.fold = 7
+    c.train.batch_size = 30
+    c.eval.weights = "ema"
+    c.optim.freeze = ("(",)
+    c.augment.crop_scale = (0.9, 0.1)
+    faults = faults_of(c, num_devices=4)
+    assert len(faults) == 6
+    assert "Did you mean 'weighted'?" in faults[0]
+    assert "32 can" in next(f for f in faults if "batch_size" in f)
+
+
+def test_unknown_and_missing_keys_of_a_config_file_are_named():
+    c = configuration.base()
+    c.train.batchsize = 3
+    del c.seed
+    faults = faults_of(c)
+    assert any("train.batchsize" in f and "'train.batch_size'" in f for f in faults)
+    assert "seed is missing." in faults
+
+
+@given(st.sampled_from(KEYS), st.text(max_size=12))
+def test_any_text_for_any_key_is_set_or_refused_never_a_crash(key, text):
+    c = configuration.base()
+    faults = configuration.override(c, [(key, text)])
+    try:
+        configuration.validate(c)
+    except InputError as error:
+        faults += error.faults
+    back = configuration.from_dict(configuration.to_dict(c))
+    assert configuration.to_dict(back) == configuration.to_dict(c)
+    assert all(key.split(".")[-1] in fault or key in fault for fault in faults)
+
+
+def test_only_keys_that_change_the_numbers_make_it_another_run():
+    a, b = configuration.base(), configuration.base()
+    b.data.dir, b.data.feed, b.log.every_steps, b.eval.tta = "elsewhere", "stream", 1, 8
+    assert configuration.differences(a, b) == {}
+    b.train.batch_size = 128
+    b.train.duration = {"steps": 5}
+    assert configuration.differences(a, b) == {
+        "train.batch_size": (64, 128),
+        "train.duration": ({"epochs": 30.0}, {"steps": 5}),
+    }
+
+
+def test_durations_in_steps():
+    assert configuration.num_steps({"epochs": 2.5}, 10.2) == 26
+    assert configuration.num_steps({"steps": 7}, 10.2) == 7
+    assert configuration.num_steps({"epochs": 0.001}, 10) == 1
+    assert configuration.num_steps({"epochs": 0.0}, 10) == 0

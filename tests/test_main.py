@@ -1,0 +1,92 @@
+"""The command line: what a user types wrong is answered in sentences, before any work."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ham_jax.main import split_overrides
+
+ROOT = Path(__file__).parents[1]
+
+
+def ham_jax(*arguments, cwd, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "ham_jax.main", *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+        | {"XLA_FLAGS": ""}
+        | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_overrides_are_taken_out_of_the_command_line():
+    argv = ["main", "--config=a.py", "--config.b.c=d=e", "--mode", "eval", "--config.f", "7"]
+    others, pairs = split_overrides(argv)
+    assert others == ["main", "--config=a.py", "--mode", "eval"]
+    assert pairs == [("b.c", "d=e"), ("f", "7")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answers"),
+    [
+        ([], ["--mode=train needs --config"]),
+        (["--cofig=x"], ["Did you mean: config"]),
+        (["--mode=evaluate"], ["train|prepare|eval|predict"]),
+        (["stray", "--config={root}/configs/demo.py"], ["'stray': every argument must be"]),
+        (["--config=nowhere.py"], ["there is no file nowhere.py"]),
+        (["--config={root}/configs/resnet.py:19"], ["18, 34, 50 or 101"]),
+        (["--config={root}/configs/demo.py:x"], ["has no variants"]),
+        (["--mode=eval"], ["needs --workdir"]),
+        (["--mode=predict"], ["needs --workdir", "needs --images"]),
+        (
+            [
+                "--config={root}/configs/resnet.py",
+                "--config.train.batch_sze=3",
+                "--config.augment.crop_px=wide",
+                "--config.data.fold=9",
+            ],
+            ["'train.batch_size'", "not a whole number", "folds count from 0"],
+        ),
+    ],
+)
+def test_mistakes_are_answered_at_once_all_together(arguments, answers, tmp_path):
+    start = time.monotonic()
+    ended = ham_jax(*[a.format(root=ROOT) for a in arguments], cwd=tmp_path)
+    assert ended.returncode == 2
+    assert all(answer in ended.stderr for answer in answers), ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert len(ended.stderr.splitlines()) == len(answers)
+    assert list(tmp_path.iterdir()) == []
+    assert time.monotonic() - start < 10  # nothing heavy is imported
+
+
+def test_missing_photographs_are_answered_with_the_ways_out(tmp_path):
+    config = ROOT / "configs/resnet.py"
+    ended = ham_jax(f"--config={config}", "--config.data.dir=no/such", cwd=tmp_path)
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    for way in ("no/such", "data.download=true", "--config.data.dir", "configs/demo.py"):
+        assert way in ended.stderr
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path):
+    config = ROOT / "configs/demo.py"
+    ended = ham_jax(
+        f"--config={config}",
+        "--config.train.batch_size=30",
+        cwd=tmp_path,
+        JAX_NUM_CPU_DEVICES="4",
+    )
+    assert ended.returncode == 2
+    assert "4 device(s)" in ended.stderr
+    assert "32 can" in ended.stderr
+    assert not (tmp_path / "data").exists()
