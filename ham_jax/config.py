@@ -41,6 +41,7 @@ CHOICES = {
 
 # Bounds, both ends allowed.
 RANGES = {
+    "seed": (0, 2**32 - 1),
     "data.num_folds": (2, math.inf),
     "data.fold": (0, math.inf),
     "data.synthetic_images": (0, math.inf),

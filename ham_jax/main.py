@@ -64,12 +64,12 @@ def main(argv: list[str]) -> None:
         raise InputError(faults)
     workdir = Path(_WORKDIR.value or _default_workdir())
 
-    from ham_jax import parallel  # from here on, seconds of imports
+    logging.set_verbosity(logging.WARNING)  # libraries' own notes; ours go through console
+    from ham_jax import console, parallel  # from here on, seconds of imports
 
     parallel.initialize()
     parallel.compile_cache()
     mesh = parallel.mesh()
-    logging.set_verbosity(logging.INFO if parallel.is_main() else logging.WARNING)
     if _MODE.value == "train":
         from ham_jax.training import loop
 
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
             try:
                 loop.train(config, workdir, mesh, preemption)
             except loop.Preempted as stopped:
-                logging.info("%s", stopped)
+                console.log_line(f"ham_jax: {stopped}")
                 sys.exit(stopped.exit_code)
     elif _MODE.value == "prepare":
         from ham_jax.data import prepare

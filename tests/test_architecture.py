@@ -7,23 +7,43 @@ ROOT = Path(__file__).parents[1] / "ham_jax"
 
 # A room may import itself and the rooms below it, never one above.
 BELOW = {
-    "main": {"config", "parallel", "console", "data", "evaluation", "training", "inference"},
-    "inference": {"config", "parallel", "console", "data", "models", "evaluation", "checkpoints"},
-    "training": {
+    "main": {
         "config",
         "parallel",
         "console",
+        "files",
+        "data",
+        "evaluation",
+        "training",
+        "inference",
+    },
+    "inference": {
+        "config",
+        "parallel",
+        "console",
+        "files",
         "data",
         "models",
         "evaluation",
         "checkpoints",
     },
-    "evaluation": {"config", "parallel", "console", "data", "models", "checkpoints"},
+    "training": {
+        "config",
+        "parallel",
+        "console",
+        "files",
+        "data",
+        "models",
+        "evaluation",
+        "checkpoints",
+    },
+    "evaluation": {"config", "parallel", "console", "files", "data", "models", "checkpoints"},
     "data": {"config", "parallel", "console"},
-    "checkpoints": {"config", "parallel"},
+    "checkpoints": {"config", "files", "parallel"},
     "models": {"config"},
     "parallel": {"config"},
     "console": set(),
+    "files": set(),
     "config": set(),
 }
 

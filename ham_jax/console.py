@@ -1,0 +1,74 @@
+"""What a person sees in the terminal: progress bars and tables. The only room that knows rich."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import rich.box
+import rich.console
+import rich.markup
+import rich.progress
+import rich.table
+
+_LINE_EVERY_S = 10.0  # where bars cannot be drawn
+
+console = rich.console.Console(stderr=True, highlight=False)
+_output = rich.console.Console(highlight=False)
+
+
+@contextlib.contextmanager
+def progress(description: str) -> Iterator[Callable[..., None]]:
+    """Shows how far a task is: a bar on a terminal, else a line at most every 10 seconds.
+
+    Yields:
+      progress(done, total, note=""): tells the state; the bar appears with the first call.
+    """
+    if not console.is_terminal:
+        yield _lines(description)
+        return
+    columns = (
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeRemainingColumn(),
+        rich.progress.TextColumn("{task.fields[note]}"),
+    )
+    with rich.progress.Progress(*columns, console=console, transient=True) as bar:
+        task = None
+
+        def show(done: int, total: int, note: str = "") -> None:
+            nonlocal task
+            if task is None:
+                task = bar.add_task(description, total=total, note=note)
+            bar.update(task, completed=done, total=total, note=note)
+
+        yield show
+
+
+def log_line(text: str) -> None:
+    """Prints one line to standard error, above a live bar if there is one."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a small table to standard output; empty column names leave out the header."""
+    table = rich.table.Table(
+        title=title, title_justify="left", box=rich.box.SIMPLE, show_header=any(columns)
+    )
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number and name else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(rich.markup.escape(cell) for cell in row))
+    _output.print(table)
+
+
+def _lines(description: str) -> Callable[..., None]:
+    last = time.monotonic()
+
+    def show(done: int, total: int, note: str = "") -> None:
+        nonlocal last
+        if time.monotonic() - last >= _LINE_EVERY_S:
+            last = time.monotonic()
+            log_line(f"{description}: {done} of {total} {note}".rstrip())
+
+    return show

@@ -1,0 +1,194 @@
+"""(seed, step) -> record numbers -> batches on the devices.
+
+Which images a step sees is a pure function of (seed, step). The data position therefore IS the
+step: resuming costs nothing and is exact. Two feeds carry the same pixels to the devices:
+`stream` reads records as they are needed, with tf.data; `resident` keeps the whole split as one
+uint8 array in device memory and gathers from it there.
+
+A batch is `{'image': uint8 [B, H, W, 3], 'label': int32 [B]}`, sharded over the mesh axis `data`.
+Row i of a batch is the same image on any number of devices and processes.
+"""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+
+from ham_jax import parallel
+from ham_jax.config import InputError
+from ham_jax.data.ham10000 import Records
+
+Order = Callable[[int], np.ndarray]
+"""step -> record numbers, int64 [B]"""
+
+_SHUFFLED, _BALANCED = 0, 1  # separate random streams of one seed
+_READ_AHEAD = 4  # batches
+_LOAD_ROWS = 512  # records read at once while the resident array is filled
+
+
+def shuffled(rows: np.ndarray, batch_size: int, seed: int) -> Order:
+    """Every image once an epoch: epoch permutations laid end to end, cut into batches.
+
+    A batch may straddle two epochs, so no image is ever dropped.
+    """
+
+    @functools.lru_cache(maxsize=2)
+    def permutation(epoch: int) -> np.ndarray:
+        return np.random.default_rng((seed, _SHUFFLED, epoch)).permutation(rows)
+
+    def at(step: int) -> np.ndarray:
+        position = np.arange(step * batch_size, (step + 1) * batch_size)
+        epoch, offset = np.divmod(position, len(rows))
+        return np.concatenate([permutation(e)[offset[epoch == e]] for e in np.unique(epoch)])
+
+    return at
+
+
+def class_balanced(rows: np.ndarray, labels: np.ndarray, batch_size: int, seed: int) -> Order:
+    """Each image: a class drawn evenly among those present, then one of its images, evenly.
+
+    Args:
+      rows: record numbers of the split, [n].
+      labels: their labels, [n].
+      batch_size: images a step.
+      seed: of the draws.
+    """
+    by_class = np.argsort(labels, kind="stable")
+    _, starts, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
+
+    def at(step: int) -> np.ndarray:
+        rng = np.random.default_rng((seed, _BALANCED, step))
+        drawn = rng.integers(len(starts), size=batch_size)
+        return rows[by_class[starts[drawn] + rng.integers(counts[drawn])]]
+
+    return at
+
+
+def choose(feed: str, num_bytes: int, mesh: jax.sharding.Mesh) -> str:
+    """Returns 'stream' or 'resident' for data.feed, the same on every process.
+
+    'auto' is resident where the split takes at most a quarter of the memory it would lie in, or
+    where TensorFlow is not installed.
+
+    Raises:
+      InputError: 'stream' was asked for and TensorFlow is not installed.
+    """
+    has_tensorflow = importlib.util.find_spec("tensorflow") is not None
+    if feed == "stream" and not has_tensorflow:
+        raise InputError(
+            "data.feed = 'stream' needs TensorFlow, which is not installed: install"
+            " requirements.txt, or set data.feed=resident."
+        )
+    if feed == "auto":
+        resident = num_bytes <= _device_bytes(mesh) / 4 or not has_tensorflow
+        feed = "resident" if parallel.broadcast(int(resident)) else "stream"
+    return feed
+
+
+def batches(
+    feed: str,
+    records: Records,
+    rows: np.ndarray,
+    order: Order,
+    steps: range,
+    mesh: jax.sharding.Mesh,
+) -> Iterator[dict[str, jax.Array]]:
+    """Yields the batch of each step.
+
+    Args:
+      feed: 'stream' or 'resident'.
+      records: where the images are.
+      rows: record numbers of the split; `order` returns no others.
+      order: step -> record numbers of the global batch.
+      steps: which steps, in order.
+      mesh: the devices, axis `data`.
+    """
+    images = _streamed if feed == "stream" else _resident
+    labels = records.table["label"].to_numpy(np.int32)
+    for step, image in zip(steps, images(records, rows, order, steps, mesh), strict=True):
+        numbers = order(step)
+        local = numbers[parallel.local_rows(mesh, len(numbers))]
+        yield {"image": image, "label": parallel.shard(mesh, labels[local])}
+
+
+def sequential(
+    records: Records, rows: np.ndarray, batch_size: int, mesh: jax.sharding.Mesh
+) -> Iterator[tuple[jax.Array, int]]:
+    """Yields (image uint8 [B, H, W, 3] on the mesh, number of true rows): each row once, in order.
+
+    The last batch is filled up with its last row; only the first number of true rows count.
+    The next batch is read while the caller works on this one.
+    """
+    local = parallel.local_rows(mesh, batch_size)
+
+    def read(start: int) -> tuple[np.ndarray, int]:
+        chosen = rows[start : start + batch_size]
+        padded = np.pad(chosen, (0, batch_size - len(chosen)), mode="edge")
+        return records.read(padded[local]), len(chosen)
+
+    with ThreadPoolExecutor(1) as reader:
+        ahead = None
+        for start in [*range(0, len(rows), batch_size), None]:
+            ready, ahead = ahead, None if start is None else reader.submit(read, start)
+            if ready is not None:
+                image, count = ready.result()
+                yield parallel.shard(mesh, image), count
+
+
+def _streamed(records, rows, order, steps, mesh) -> Iterator[jax.Array]:
+    tf = _tensorflow()
+
+    def read(step: np.ndarray) -> np.ndarray:
+        numbers = order(int(step))
+        return records.read(numbers[parallel.local_rows(mesh, len(numbers))])
+
+    def read_in_graph(step):
+        image = tf.numpy_function(read, [step], tf.uint8, stateful=False)
+        return tf.ensure_shape(image, (None, *records.canvas, 3))
+
+    dataset = tf.data.Dataset.range(steps.start, steps.stop, steps.step)
+    dataset = dataset.map(read_in_graph, num_parallel_calls=_READ_AHEAD, deterministic=True)
+    for image in dataset.prefetch(_READ_AHEAD).as_numpy_iterator():
+        yield parallel.shard(mesh, image)
+
+
+def _resident(records, rows, order, steps, mesh) -> Iterator[jax.Array]:
+    whole = np.empty((len(rows), *records.canvas, 3), np.uint8)
+    for start in range(0, len(rows), _LOAD_ROWS):
+        whole[start : start + _LOAD_ROWS] = records.read(rows[start : start + _LOAD_ROWS])
+    whole = parallel.replicate(mesh, whole)
+    place = np.zeros(len(records.table), np.int32)  # record number -> place in `whole`
+    place[rows] = np.arange(len(rows))
+
+    # A program of its own, so that the train step is the same one with either feed.
+    @functools.partial(jax.jit, out_shardings=parallel.batch_sharding(mesh))
+    def gather(images: jax.Array, places: jax.Array) -> jax.Array:
+        return images.at[places].get(mode="promise_in_bounds")
+
+    for step in steps:
+        numbers = order(step)
+        local = place[numbers[parallel.local_rows(mesh, len(numbers))]]
+        yield gather(whole, parallel.shard(mesh, local))
+
+
+def _tensorflow():
+    """Imports TensorFlow quietly and keeps it off the accelerators, which are JAX's."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    jax.devices()  # JAX takes its devices first
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")
+    return tf
+
+
+def _device_bytes(mesh: jax.sharding.Mesh) -> int:
+    """Returns the memory of one device; on CPU a device's share of the machine's."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return device.memory_stats()["bytes_limit"]
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine // mesh.devices.size

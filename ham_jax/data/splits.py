@@ -1,0 +1,267 @@
+"""Which images train and which validate, and the proof that no lesion does both.
+
+Photographs of one lesion are near copies of each other, so a split by image lets a network
+recognise lesions instead of diagnosing them. Here a lesion's images always stay together.
+"""
+
+import csv
+import dataclasses
+import os
+import pathlib
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from sklearn import model_selection
+
+from ham_jax import CLASSES, files
+from ham_jax.config import InputError, nearest
+
+SPLITS = ("train", "val", "test")
+METADATA = ("age", "sex", "localization", "dx_type")
+
+
+def folds(table: pd.DataFrame, num_folds: int, seed: int) -> np.ndarray:
+    """Deals lesions, stratified by diagnosis, into folds.
+
+    The folds depend on the set of (lesion_id, dx), on `num_folds` and on `seed` only, not on the
+    order of the rows. Of each class, and over all, two folds differ by one lesion at the most.
+
+    Args:
+      table: one row an image, with the columns `lesion_id` and `dx`.
+      num_folds: at least 2.
+      seed: 0 to 2**32 - 1.
+
+    Returns:
+      int [n]: the fold of each row, 0 to num_folds - 1.
+
+    Raises:
+      InputError: a lesion has several diagnoses, a class has fewer lesions than folds, or the
+        seed is out of range.
+    """
+    lesions = table[["lesion_id", "dx"]].drop_duplicates().sort_values(["lesion_id", "dx"])
+    dx = lesions["dx"].to_numpy()
+    faults = []
+    mixed = lesions.loc[lesions["lesion_id"].duplicated(), "lesion_id"].unique()
+    if len(mixed):
+        faults.append(
+            f"metadata: {len(mixed)} lesion(s) have more than one dx: {_some(mixed)}."
+            " A lesion has one diagnosis; correct dx or lesion_id."
+        )
+    sizes = lesions["dx"].value_counts().sort_index()
+    small = sizes[sizes < num_folds]
+    if len(small):
+        listed = ", ".join(f"{name} {size}" for name, size in small.items())
+        most = int(sizes.min())
+        way_out = (
+            f"set data.num_folds to {most} or less"
+            if most >= 2
+            else "no number of folds can hold it in both splits, so give data.split_csv"
+        )
+        faults.append(
+            f"data.num_folds = {num_folds} is more than the lesions of a class ({listed});"
+            f" {way_out}, or add images."
+        )
+    if not 0 <= seed < 2**32:
+        faults.append(f"the seed of the folds = {seed} must lie in [0, {2**32 - 1}].")
+    if faults:
+        raise InputError(faults)
+    fold = pd.Series(-1, index=lesions["lesion_id"])
+    dealer = model_selection.StratifiedKFold(num_folds, shuffle=True, random_state=seed)
+    for k, (_, held_out) in enumerate(dealer.split(dx, dx)):
+        fold.iloc[held_out] = k
+    return fold.loc[table["lesion_id"]].to_numpy()
+
+
+def assign(table: pd.DataFrame, data_config: Any, seed: int) -> np.ndarray:
+    """Returns the split of each row, from the user's CSV where one is given, else from the folds.
+
+    Args:
+      table: one row an image, with the columns `image_id`, `lesion_id` and `dx`.
+      data_config: the configuration's section `data`.
+      seed: of the folds, unless `data.split_seed` is set.
+
+    Returns:
+      str [n]: 'train' or 'val'; from a CSV also 'test'.
+
+    Raises:
+      InputError: see `folds`; and all that is wrong with the CSV.
+    """
+    if data_config.split_csv:
+        return _from_csv(table, data_config.split_csv)
+    if data_config.split_seed is not None:
+        seed = data_config.split_seed
+    fold = folds(table, data_config.num_folds, seed)
+    return np.where(fold == data_config.fold, "val", "train")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Audit:
+    """What lies in which split, and what should not.
+
+    Attributes:
+      counts: a row a diagnosis and one 'total'; the columns `<split>_images`, `<split>_lesions`.
+      shared_lesions: lesions with images in more than one split; must be empty.
+      duplicate_files: groups of equal files, each ((image_id, split), ...); None where the table
+        has no checksums to tell.
+      missing: images without a value; a row a metadata column, a column a split.
+    """
+
+    counts: pd.DataFrame
+    shared_lesions: tuple[str, ...]
+    duplicate_files: tuple[tuple[tuple[str, str], ...], ...] | None
+    missing: pd.DataFrame
+
+    def text(self) -> str:
+        """Returns the audit as plain text for a terminal."""
+        shared = len(self.shared_lesions)
+        return "\n".join(
+            [
+                self.counts.to_string(),
+                "",
+                "images without metadata",
+                self.missing.to_string(),
+                "",
+                f"lesions in more than one split: {shared or 'none'}"
+                + (f" ({_some(self.shared_lesions)})" if shared else ""),
+                f"groups of identical files: {self._duplicates_text()}",
+            ]
+        )
+
+    def _duplicates_text(self) -> str:
+        if self.duplicate_files is None:
+            return "not looked for, the files have no checksums"
+        if not self.duplicate_files:
+            return "none"
+        across = [group for group in self.duplicate_files if len({s for _, s in group}) > 1]
+        names = [" = ".join(f"{name} ({split})" for name, split in group) for group in across]
+        return f"{len(self.duplicate_files)}, across splits: {len(across) or 'none'}" + (
+            f" ({_some(names)})" if across else ""
+        )
+
+    def write(self, folder: str | os.PathLike) -> None:
+        """Writes audit.json (everything) and audit.csv (the counts), each whole or not at all."""
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {
+            "counts": self.counts.to_dict("index"),
+            "shared_lesions": self.shared_lesions,
+            "duplicate_files": self.duplicate_files
+            and [[{"image_id": i, "split": s} for i, s in group] for group in self.duplicate_files],
+            "missing": self.missing.to_dict("index"),
+        }
+        files.write_json(folder / "audit.json", content)
+        files.write_text(folder / "audit.csv", self.counts.to_csv(lineterminator="\n"))
+
+
+def audit(table: pd.DataFrame, split: np.ndarray, test_table: pd.DataFrame | None = None) -> Audit:
+    """Counts images, lesions and missing metadata by split and looks for leaks between splits.
+
+    Args:
+      table: one row an image: `image_id`, `lesion_id`, `dx`, and where known `age`, `sex`,
+        `localization`, `dx_type` and `file_sha256`. An image without a lesion_id counts as a
+        lesion of its own; a metadata column that is absent counts as missing.
+      split: str [n], the split of each row.
+      test_table: the official test in the same form, counted as split 'test'.
+
+    Returns:
+      The audit; finding a leak is no error here.
+    """
+    columns = ["image_id", "lesion_id", "dx", "file_sha256", *METADATA]
+    parts = [table.reindex(columns=columns).astype(object).assign(split=split)]
+    if test_table is not None:
+        parts.append(test_table.reindex(columns=columns).astype(object).assign(split="test"))
+    rows = pd.concat(parts, ignore_index=True)
+    rows["lesion_id"] = rows["lesion_id"].where(~_blank(rows["lesion_id"]), rows["image_id"])
+    used = [name for name in SPLITS if (rows["split"] == name).any()]
+
+    counts, missing = {}, {}
+    for name in used:
+        part = rows[rows["split"] == name]
+        counts[f"{name}_images"] = part["dx"].value_counts()
+        counts[f"{name}_lesions"] = part.drop_duplicates(["lesion_id", "dx"])["dx"].value_counts()
+        missing[name] = {column: int(_blank(part[column]).sum()) for column in METADATA}
+    counts = pd.DataFrame(counts).reindex(CLASSES).fillna(0).astype(int).rename_axis("dx")
+    counts.loc["total"] = counts.sum()
+
+    num_splits = rows.groupby("lesion_id")["split"].nunique()
+    hashed = rows[~_blank(rows["file_sha256"])]
+    duplicates = tuple(
+        tuple(zip(group["image_id"], group["split"], strict=True))
+        for _, group in hashed.groupby("file_sha256")
+        if len(group) > 1
+    )
+    return Audit(
+        counts=counts,
+        shared_lesions=tuple(num_splits.index[num_splits > 1]),
+        duplicate_files=duplicates if len(hashed) else None,
+        missing=pd.DataFrame(missing),
+    )
+
+
+def _from_csv(table: pd.DataFrame, path: str) -> np.ndarray:
+    """Returns the split of each row as the user's CSV says; see `assign`."""
+    where = f"data.split_csv = {os.fspath(path)!r}"
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, skipinitialspace=True)
+            header = reader.fieldnames or []
+            records = list(reader)
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise InputError(
+            f"{where} cannot be read as a CSV in UTF-8: {error}. It needs the columns image_id"
+            " (or lesion_id) and split (train, val or test)."
+        ) from error
+    key = "image_id" if "image_id" in header else "lesion_id"
+    if key not in header or "split" not in header:
+        raise InputError(
+            f"{where} has the columns {', '.join(header) or '(none)'}; it needs image_id"
+            " (or lesion_id) and split."
+        )
+    given = defaultdict(set)
+    for record in records:
+        given[(record[key] or "").strip()].add((record["split"] or "").strip())
+
+    faults = []
+    names = sorted(set().union(*given.values()).difference(SPLITS))
+    if names:
+        hint = nearest(names[0].lower(), SPLITS)
+        faults.append(f"{where}: split {_some(names)} must be one of train, val, test.{hint}")
+    known = set(table[key])
+    lists = {
+        f"are not in the data: remove them, or add the images ({key})": given.keys() - known,
+        f"of the data have no split: give each {key} one": known - given.keys(),
+        f"have two splits: keep one row for each {key}": {k for k in given if len(given[k]) > 1},
+    }
+    for fault, ids in lists.items():
+        if ids:
+            faults.append(f"{where}: {len(ids)} id(s) {fault}: {_some(sorted(ids))}.")
+
+    split = np.array([next(iter(given[k])) if len(given[k]) == 1 else "" for k in table[key]], str)
+    placed = table.loc[np.isin(split, SPLITS), ["lesion_id"]].assign(
+        split=split[np.isin(split, SPLITS)]
+    )
+    num_splits = placed.groupby("lesion_id")["split"].nunique()
+    torn = num_splits.index[num_splits > 1]
+    if len(torn):
+        faults.append(
+            f"{where}: {len(torn)} lesion(s) have images in more than one split, which would leak"
+            f" training images into the evaluation: {_some(torn)}. Keep each lesion's together."
+        )
+    faults += [f"{where}: no image has the split {s}." for s in SPLITS[:2] if s not in split]
+    if faults:
+        raise InputError(faults)
+    return split
+
+
+def _blank(column: pd.Series) -> pd.Series:
+    """Returns where a value is missing; HAM10000 also writes 'unknown'."""
+    return column.isna() | column.isin(["", "unknown"])
+
+
+def _some(names: Iterable[str], limit: int = 5) -> str:
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(repr, names[:limit])) + more

@@ -1,0 +1,224 @@
+"""Draws skin lesions and writes them as HAM10000 is written: the embedded default's data.
+
+The pictures only resemble dermoscopy. Each class has typical shapes, colours and structures that
+overlap with the others', so that a network must look at more than the mean colour.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ham_jax import CLASSES, files
+from ham_jax.data import image
+
+SIZE = (120, 160)  # height, width of a photograph in pixels
+_FIRST_ID = 24306  # HAM10000's first is ISIC_0024306
+_SHARES = (0.10, 0.12, 0.14, 0.08, 0.14, 0.34, 0.08)  # of the lesions, in the order of CLASSES
+_MAX_PHOTOGRAPHS = 3  # of one lesion
+_SITES = ("back", "trunk", "face", "lower extremity", "upper extremity", "unknown")
+_DRAWING_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Look:
+    """What is typical of a diagnosis.
+
+    Attributes:
+      color: of the lesion, RGB in [0, 1].
+      spread: of that colour between lesions.
+      irregular: how far the border leaves an ellipse.
+      sharp: how steep the border is.
+      network: contrast of a pigment network.
+      dots: number of dark globules.
+      vessels: number of red curves.
+      veil: strength of a blue-white patch.
+      scale: contrast of whitish scales.
+      center: brightness of a scar-like centre.
+      lakes: number of red or purple lagoons.
+    """
+
+    color: tuple[float, float, float]
+    spread: float = 0.05
+    irregular: float = 0.12
+    sharp: float = 12.0
+    network: float = 0.0
+    dots: int = 0
+    vessels: int = 0
+    veil: float = 0.0
+    scale: float = 0.0
+    center: float = 0.0
+    lakes: int = 0
+
+
+_LOOKS = {
+    "akiec": _Look((0.80, 0.52, 0.47), irregular=0.15, sharp=6.0, scale=0.25, vessels=2),
+    "bcc": _Look((0.78, 0.56, 0.54), irregular=0.10, sharp=14.0, vessels=7, dots=2),
+    "bkl": _Look((0.60, 0.45, 0.33), irregular=0.12, sharp=25.0, dots=12, scale=0.12),
+    "df": _Look((0.68, 0.50, 0.42), irregular=0.06, sharp=5.0, network=0.06, center=0.25),
+    "mel": _Look((0.40, 0.28, 0.25), irregular=0.30, sharp=12.0, network=0.10, dots=6, veil=0.5),
+    "nv": _Look((0.50, 0.35, 0.27), irregular=0.07, sharp=10.0, network=0.12),
+    "vasc": _Look((0.66, 0.28, 0.34), irregular=0.12, sharp=14.0, lakes=7),
+}
+
+
+def write(folder: str | os.PathLike, num_images: int, seed: int) -> bool:
+    """Writes a data set in the Kaggle layout, unless it is there already.
+
+    Args:
+      folder: becomes `HAM10000_metadata.csv` and two folders of `ISIC_*.jpg`.
+      num_images: photographs in all; several may show one lesion.
+      seed: of all drawing.
+
+    Returns:
+      Whether it was written now.
+
+    Raises:
+      FileExistsError: the folder holds something else.
+    """
+    folder = Path(folder)
+    made_by = {"num_images": num_images, "seed": seed, "drawing_version": _DRAWING_VERSION}
+    marker = folder / "synthetic.json"
+    if marker.exists() and json.loads(marker.read_text()) == made_by:
+        return False
+    if folder.exists() and any(folder.iterdir()) and not marker.exists():
+        raise FileExistsError(f"{folder} holds other files; give synthetic lesions a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        drawn = Path(temporary) / "drawn"
+        drawn.mkdir()
+        _draw_all(drawn, num_images, seed)
+        files.write_json(drawn / marker.name, made_by)
+        if folder.exists():
+            shutil.rmtree(folder)  # of other numbers, made by this function
+        os.replace(drawn, folder)
+    return True
+
+
+def draw(dx: str, lesion_seed: list[int], view_seed: list[int]) -> np.ndarray:
+    """Draws one photograph, uint8 [120, 160, 3].
+
+    Args:
+      dx: its class.
+      lesion_seed: what the lesion looks like.
+      view_seed: how it was photographed: place, turn, size, light, hair.
+    """
+    lesion, view = np.random.default_rng(lesion_seed), np.random.default_rng(view_seed)
+    look = _LOOKS[dx]
+    height, width = SIZE
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+
+    # Skin: a tone, a soft texture, the vignette of a dermatoscope.
+    tone = np.array([0.88, 0.70, 0.60]) * lesion.uniform(0.8, 1.08) + lesion.normal(0, 0.02, 3)
+    picture = tone + 0.05 * _noise(view, 6)[..., None] + 0.02 * _noise(view, 40)[..., None]
+
+    # The lesion's own coordinates: turned, moved, scaled; (0, 0) its middle, 1 its border.
+    turn = view.uniform(0, 2 * np.pi)
+    size = lesion.uniform(26, 42) * view.uniform(0.9, 1.1)
+    dx_px = x - width / 2 - view.normal(0, 9)
+    dy_px = y - height / 2 - view.normal(0, 7)
+    u = (np.cos(turn) * dx_px + np.sin(turn) * dy_px) / size
+    v = (np.cos(turn) * dy_px - np.sin(turn) * dx_px) / (size * lesion.uniform(0.65, 1.0))
+    angle, radius = np.arctan2(v, u), np.hypot(u, v)
+    border = np.ones_like(radius)
+    for wave in range(2, 8):
+        amplitude = look.irregular * lesion.normal() / wave**0.5
+        border += amplitude * np.cos(wave * angle + lesion.uniform(0, 2 * np.pi))
+    inside = 1 / (1 + np.exp(np.clip(look.sharp * (radius - border), -30, 30)))
+
+    color = np.array(look.color) + lesion.normal(0, look.spread) + lesion.normal(0, 0.02, 3)
+    body = np.broadcast_to(color, picture.shape).copy()
+    body += 0.05 * _noise(lesion, 5)[..., None]
+    if look.network:
+        pitch = lesion.uniform(12, 18)
+        lines = np.maximum(np.cos(pitch * u + 2 * v), np.cos(pitch * v - 2 * u))
+        body -= look.network * lesion.uniform(0.5, 1.3) * np.clip(lines, 0, 1)[..., None]
+    for spot in _spots(lesion, look.dots, u, v, (0.05, 0.10)):
+        body = _over(body, color * 0.55, spot)
+    for spot in _spots(lesion, look.lakes, u, v, (0.14, 0.26)):
+        body = _over(body, np.array([0.52, 0.10, 0.22]), 0.9 * spot)
+    for _ in range(look.vessels):
+        start, bend = lesion.uniform(-0.8, 0.8, 2), lesion.uniform(2, 5)
+        line = np.abs(v - start[1] - 0.15 * np.sin(bend * (u - start[0])))
+        along = np.abs(u - start[0]) < lesion.uniform(0.3, 0.7)
+        body = _over(body, np.array([0.72, 0.20, 0.22]), np.clip(1 - line / 0.05, 0, 1) * along)
+    if look.veil:
+        (patch,) = _spots(lesion, 1, u, v, (0.35, 0.6))
+        body = _over(body, np.array([0.55, 0.60, 0.70]), look.veil * patch)
+    if look.center:
+        body += look.center * lesion.uniform(0.6, 1.2) * np.exp(-((radius / 0.4) ** 2))[..., None]
+    if look.scale:
+        body += look.scale * np.clip(_noise(lesion, 25), 0, None)[..., None]
+    picture = _over(picture, body, inside)
+
+    for _ in range(view.integers(0, 4)):  # hair
+        across = view.uniform(0, 2 * np.pi)
+        distance = (x - view.uniform(0, width)) * np.cos(across)
+        distance = distance + (y - view.uniform(0, height)) * np.sin(across)
+        picture = _over(picture, np.array([0.15, 0.10, 0.08]), np.clip(1.2 - abs(distance), 0, 0.8))
+    vignette = 1 - 0.25 * (((x / width - 0.5) ** 2 + (y / height - 0.5) ** 2) * 2)
+    light = vignette[..., None] * view.uniform(0.88, 1.08) * (1 + view.normal(0, 0.02, 3))
+    picture = picture * light + view.normal(0, 0.012, picture.shape)
+    return (np.clip(picture, 0, 1) * 255).astype(np.uint8)
+
+
+def _draw_all(folder: Path, num_images: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    parts = [folder / "HAM10000_images_part_1", folder / "HAM10000_images_part_2"]
+    for part in parts:
+        part.mkdir()
+    rows = []
+    # Classes take turns by their shares, so that each has its part of any number of images.
+    drawn = np.zeros(len(CLASSES))
+    number = 0
+    while len(rows) < num_images:
+        label = int(np.argmin((drawn + 0.5) / _SHARES))
+        drawn[label] += 1
+        lesion_id = f"HAM_{number:07d}"
+        age = rng.choice([np.nan, *range(20, 86, 5)])
+        about = {
+            "dx": CLASSES[label],
+            "dx_type": rng.choice(["histo", "follow_up", "consensus"]),
+            "age": age,
+            "sex": rng.choice(["male", "female", "unknown"], p=[0.5, 0.45, 0.05]),
+            "localization": rng.choice(_SITES),
+        }
+        for view in range(min(rng.integers(1, _MAX_PHOTOGRAPHS + 1), num_images - len(rows))):
+            image_id = f"ISIC_{_FIRST_ID + len(rows):07d}"
+            pixels = draw(CLASSES[label], [seed, number, 0], [seed, number, 1, view])
+            part = parts[len(rows) >= num_images // 2]
+            image.save_jpeg(pixels, part / f"{image_id}.jpg", quality=90)
+            rows.append({"lesion_id": lesion_id, "image_id": image_id, **about})
+        number += 1
+    pd.DataFrame(rows).to_csv(folder / "HAM10000_metadata.csv", index=False)
+
+
+def _noise(rng: np.random.Generator, cells: int) -> np.ndarray:
+    """Returns smooth noise of deviation about 1 with `cells` bumps along the width."""
+    height, width = SIZE
+    rows = max(2, cells * height // width)
+    grid = rng.normal(size=(rows + 1, cells + 1))
+    y = np.linspace(0, rows - 1e-6, height)
+    x = np.linspace(0, cells - 1e-6, width)
+    top, left = y.astype(int), x.astype(int)
+    down, right = (y - top)[:, None], (x - left)[None]
+    upper = grid[top][:, left] * (1 - right) + grid[top][:, left + 1] * right
+    lower = grid[top + 1][:, left] * (1 - right) + grid[top + 1][:, left + 1] * right
+    return (upper * (1 - down) + lower * down).astype(np.float32)
+
+
+def _spots(rng, count, u, v, sizes):
+    """Yields soft discs within the lesion, [H, W] in [0, 1]."""
+    for _ in range(count):
+        angle, away = rng.uniform(0, 2 * np.pi), 0.75 * np.sqrt(rng.uniform())
+        distance = np.hypot(u - away * np.cos(angle), v - away * np.sin(angle))
+        yield np.clip(1.5 - distance / rng.uniform(*sizes), 0, 1)
+
+
+def _over(below: np.ndarray, above: np.ndarray, share: np.ndarray) -> np.ndarray:
+    return below + share[..., None] * (above - below)

@@ -1,0 +1,1 @@
+"""Weights -> answers about new photographs."""

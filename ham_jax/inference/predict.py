@@ -1,0 +1,158 @@
+"""`--mode=predict`: seven probabilities for each photograph of a file, folder, glob or CSV."""
+
+import csv
+import glob
+import io
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ham_jax import CLASSES, DISCLAIMER, console, files, parallel
+from ham_jax.config import InputError
+from ham_jax.data import image as image_files
+from ham_jax.evaluation import evaluate
+
+_PATH_COLUMNS = ("path", "image", "file", "filename", "image_path")
+_SHOWN_ROWS = 10
+
+
+def find_images(pattern: str) -> list[Path]:
+    """Returns the photographs that `--images` names, sorted, each once.
+
+    Args:
+      pattern: a file, a folder (searched through), a glob, or a CSV with a column `path` (a
+        relative one counts from the CSV's folder, or else from the current folder).
+
+    Raises:
+      InputError: nothing there.
+    """
+    path = Path(pattern)
+    if path.suffix.lower() == ".csv" and path.is_file():
+        return _from_csv(path)
+    if path.is_dir():
+        found = [p for p in path.rglob("*") if p.suffix.lower() in image_files.SUFFIXES]
+        found = [p for p in found if p.is_file() and not p.name.startswith(".")]
+    elif path.is_file():
+        found = [path]
+    else:
+        found = [Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)]
+    if not found:
+        raise InputError(
+            f"--images={pattern}: no image found. Give a file, a folder or a glob of"
+            f" {', '.join(sorted(image_files.SUFFIXES))}, or a CSV with a column 'path'."
+        )
+    return sorted(set(found))
+
+
+def run(
+    workdir: Path,
+    images: str,
+    output: Path,
+    overrides: list[tuple[str, str]],
+    mesh: jax.sharding.Mesh,
+) -> int:
+    """Classifies the photographs, writes a CSV and prints a short table.
+
+    An unreadable photograph gets a row with its error, and the rest go on.
+
+    Args:
+      workdir: of a training run.
+      images: see `find_images`.
+      output: the CSV: path, prediction, the seven probabilities, error.
+      overrides: (key, text) pairs of the command line.
+      mesh: the devices.
+
+    Returns:
+      The number of photographs that could be read.
+
+    Raises:
+      InputError: no checkpoint, no photograph, or nowhere to write.
+    """
+    paths = find_images(images)
+    if not output.parent.is_dir():
+        raise InputError(f"--output={output}: there is no folder {output.parent}.")
+    trained = evaluate.load(workdir, overrides, mesh)
+    config = trained.config
+    predict = evaluate.make_predictor(trained.network, config, mesh)
+    batch_size = config.eval.batch_size
+    canvas = tuple(config.data.canvas)
+    local = parallel.local_rows(mesh, batch_size)
+
+    errors: dict[int, str] = {}
+    probabilities = np.full((len(paths), len(CLASSES)), np.nan)
+    batch = np.zeros((batch_size, *canvas, 3), np.uint8)
+    waiting: list[int] = []
+
+    def flush() -> None:
+        answers = predict(trained.variables, parallel.shard(mesh, batch[local]))
+        probabilities[waiting] = evaluate.normalised(np.asarray(answers)[: len(waiting)])
+        waiting.clear()
+
+    with console.progress("Predicting") as progress:
+        decoded = image_files.load_many(paths, canvas, config.data.num_workers)
+        for number, pixels in enumerate(decoded):
+            if isinstance(pixels, image_files.ImageError):
+                errors[number] = str(pixels)
+            else:
+                batch[len(waiting)] = pixels
+                waiting.append(number)
+            if len(waiting) == batch_size:
+                flush()
+            progress(number + 1, len(paths))
+    if waiting:
+        flush()
+    if parallel.is_main():
+        _write(output, paths, probabilities, errors)
+        _print(paths, probabilities, errors, output)
+    return len(paths) - len(errors)
+
+
+def _from_csv(path: Path) -> list[Path]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    names = rows[0].keys() if rows else ()
+    column = next((name for name in _PATH_COLUMNS if name in names), None)
+    if column is None:
+        raise InputError(
+            f"--images={path}: no column of paths; one must be called"
+            f" {', '.join(_PATH_COLUMNS)}. Found: {', '.join(names) or 'no rows'}."
+        )
+    listed = dict.fromkeys(row[column] for row in rows if row[column])
+    beside = [path.parent / name for name in listed]
+    return [b if b.exists() else Path(name) for b, name in zip(beside, listed, strict=True)]
+
+
+def _write(output: Path, paths, probabilities, errors) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["path", "prediction", *CLASSES, "error", "note"])
+    for number, path in enumerate(paths):
+        if number in errors:
+            answer = ["", *[""] * len(CLASSES), errors[number]]
+        else:
+            row = probabilities[number]
+            answer = [CLASSES[row.argmax()], *map(repr, row.tolist()), ""]
+        writer.writerow([path, *answer, DISCLAIMER])
+    files.write_text(output, text.getvalue())
+
+
+def _print(paths, probabilities, errors, output: Path) -> None:
+    rows = []
+    for number, path in enumerate(paths[:_SHOWN_ROWS]):
+        if number in errors:
+            rows.append([str(path), "unreadable", errors[number]])
+            continue
+        first, second = np.argsort(-probabilities[number], kind="stable")[:2]
+        rows.append(
+            [
+                str(path),
+                f"{CLASSES[first]} {probabilities[number, first]:.2f}",
+                f"{CLASSES[second]} {probabilities[number, second]:.2f}",
+            ]
+        )
+    more = f", the first {_SHOWN_ROWS} shown" if len(paths) > _SHOWN_ROWS else ""
+    title = f"{len(paths) - len(errors)} of {len(paths)} photographs read{more}. {DISCLAIMER}"
+    console.print_table(title, ["photograph", "answer", "next"], rows)
+    console.print_table("Written", ["", ""], [["probabilities", str(output)]])

@@ -1,0 +1,173 @@
+"""ResNet v1.5 (the stride on the 3x3 convolution), with three stems.
+
+He et al., Deep Residual Learning, CVPR 2016; the D variant is from He et al., Bag of Tricks for
+Image Classification, CVPR 2019. Parameters are named by their place: `stem/conv/kernel`,
+`stage1/block0/conv1/kernel`, `head/bias`.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ham_jax.models import conv
+
+DEPTHS = {
+    "resnet18": (2, 2, 2, 2),
+    "resnet34": (3, 4, 6, 3),
+    "resnet50": (3, 4, 6, 3),
+    "resnet101": (3, 4, 23, 3),
+}
+BOTTLENECK = ("resnet50", "resnet101")
+_WIDTHS = (64, 128, 256, 512)
+
+
+class ConvNorm(nnx.Module):
+    """Convolution and BatchNorm; statistics in float32, whatever the dtype."""
+
+    def __init__(self, num_in, num_out, size, stride=1, *, zero=False, dtype, rngs):
+        self.conv = conv.Conv(num_in, num_out, size, stride, dtype=dtype, rngs=rngs)
+        scale = nnx.initializers.zeros_init() if zero else nnx.initializers.ones_init()
+        self.norm = nnx.BatchNorm(
+            num_out, momentum=0.9, epsilon=1e-5, dtype=dtype, scale_init=scale, rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, num_in] -> [B, H / stride, W / stride, num_out]."""
+        return self.norm(self.conv(x))
+
+
+class Shortcut(nnx.Module):
+    """Brings a block's input to its output's shape.
+
+    Plain: a strided 1x1 convolution. D: an average over the stride first, so that no pixel is lost.
+    """
+
+    def __init__(self, num_in, num_out, stride, *, averaged, dtype, rngs):
+        self.pool = stride if averaged else 1
+        self.project = ConvNorm(
+            num_in, num_out, 1, 1 if averaged else stride, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, num_in] -> [B, H / stride, W / stride, num_out]."""
+        if self.pool > 1:
+            window = (self.pool, self.pool)
+            # SAME, so that odd sides round up as the block's own convolution does.
+            x = nnx.avg_pool(x, window, window, "SAME", count_include_pad=False)
+        return self.project(x)
+
+
+class Block(nnx.Module):
+    """Two 3x3 convolutions, or 1x1, 3x3, 1x1 with four times the channels, and a way around."""
+
+    def __init__(
+        self, num_in, width, stride, *, bottleneck, averaged, zero_init, dtype, rngs: nnx.Rngs
+    ):
+        make = {"dtype": dtype, "rngs": rngs}
+        self.num_out = width * 4 if bottleneck else width
+        if bottleneck:
+            self.conv1 = ConvNorm(num_in, width, 1, **make)
+            self.conv2 = ConvNorm(width, width, 3, stride, **make)
+            self.conv3 = ConvNorm(width, self.num_out, 1, zero=zero_init, **make)
+        else:
+            self.conv1 = ConvNorm(num_in, width, 3, stride, **make)
+            self.conv2 = ConvNorm(width, width, 3, zero=zero_init, **make)
+            self.conv3 = None
+        self.shortcut = (
+            Shortcut(num_in, self.num_out, stride, averaged=averaged, **make)
+            if stride > 1 or num_in != self.num_out
+            else None
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, num_in] -> [B, H / stride, W / stride, num_out]."""
+        around = x if self.shortcut is None else self.shortcut(x)
+        x = self.conv2(jax.nn.relu(self.conv1(x)))
+        if self.conv3 is not None:
+            x = self.conv3(jax.nn.relu(x))
+        return jax.nn.relu(x + around)
+
+
+class Stem(nnx.Module):
+    """The first layers: `imagenet` and `d` leave a quarter of the side, `small` all of it."""
+
+    def __init__(self, kind: str, *, dtype, rngs: nnx.Rngs):
+        make = {"dtype": dtype, "rngs": rngs}
+        self.pooled = kind != "small"
+        self.deep = kind == "d"
+        if self.deep:
+            self.conv1 = ConvNorm(3, 32, 3, 2, **make)
+            self.conv2 = ConvNorm(32, 32, 3, **make)
+            self.conv3 = ConvNorm(32, 64, 3, **make)
+        else:
+            size, stride = (7, 2) if kind == "imagenet" else (3, 1)
+            self.conv1 = ConvNorm(3, 64, size, stride, **make)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, 3] -> [B, H / 4 or H, W / 4 or W, 64]."""
+        x = jax.nn.relu(self.conv1(x))
+        if self.deep:
+            x = jax.nn.relu(self.conv3(jax.nn.relu(self.conv2(x))))
+        return conv.max_pool(x, 3, 2, 1) if self.pooled else x
+
+
+class Stage(nnx.Module):
+    """Blocks of one width; the first one may halve the side."""
+
+    def __init__(self, num_in, width, num_blocks, stride, **make):
+        self.num_blocks = num_blocks
+        for number in range(num_blocks):
+            block = Block(num_in, width, stride if number == 0 else 1, **make)
+            setattr(self, f"block{number}", block)
+            num_in = block.num_out
+        self.num_out = num_in
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, num_in] -> [B, H / stride, W / stride, num_out]."""
+        for number in range(self.num_blocks):
+            x = getattr(self, f"block{number}")(x)
+        return x
+
+
+class ResNet(nnx.Module):
+    """ResNet-18, 34, 50 or 101.
+
+    Args:
+      name: a key of DEPTHS.
+      num_classes: C.
+      stem: imagenet, d or small.
+      zero_init_residual: start each block as its shortcut (Goyal et al., arXiv:1706.02677).
+      dtype: to compute in; parameters, statistics and logits are float32.
+      rngs: for the initial weights.
+    """
+
+    mean = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in [0, 1], as published weights expect
+    std = (0.229, 0.224, 0.225)
+
+    def __init__(self, name, num_classes, stem, zero_init_residual, dtype, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.stem = Stem(stem, dtype=dtype, rngs=rngs)
+        num_channels = 64
+        for number, (width, num_blocks) in enumerate(zip(_WIDTHS, DEPTHS[name], strict=True)):
+            stage = Stage(
+                num_channels,
+                width,
+                num_blocks,
+                stride=2 if number else 1,
+                bottleneck=name in BOTTLENECK,
+                averaged=stem == "d",
+                zero_init=zero_init_residual,
+                dtype=dtype,
+                rngs=rngs,
+            )
+            setattr(self, f"stage{number + 1}", stage)
+            num_channels = stage.num_out
+        self.head = nnx.Linear(num_channels, num_classes, rngs=rngs)
+
+    def __call__(self, image: jax.Array) -> jax.Array:
+        """RGB in [0, 1], [B, H, W, 3] -> logits float32 [B, C]."""
+        x = (image - jnp.array(self.mean)) / jnp.array(self.std)
+        x = self.stem(x.astype(self.dtype))
+        for number in range(len(_WIDTHS)):
+            x = getattr(self, f"stage{number + 1}")(x)
+        return self.head(x.astype(jnp.float32).mean((1, 2)))

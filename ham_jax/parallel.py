@@ -1,0 +1,184 @@
+"""Processes and devices: joining a job, one mesh over all devices, global arrays, stopping.
+
+Data parallel over one mesh axis `data`. State is replicated, batches are cut along their rows;
+process p holds a contiguous run of each global batch's rows.
+"""
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ham_jax.config import InputError
+
+_JOB_VARIABLES = ("HAM_JAX_NUM_PROCESSES", "HAM_JAX_PROCESS_ID", "HAM_JAX_COORDINATOR")
+
+
+def initialize() -> None:
+    """Joins this process to its job; must come before anything touches a device.
+
+    A job of several processes is one that `launch.sh --processes N` started (its variables are
+    HAM_JAX_NUM_PROCESSES, HAM_JAX_PROCESS_ID and HAM_JAX_COORDINATOR), a Slurm step of several
+    tasks, or a TPU pod. Anything else is a single process.
+
+    Raises:
+      InputError: only some of the variables are set, or they make no sense.
+    """
+    given = {name: os.environ[name] for name in _JOB_VARIABLES if os.environ.get(name)}
+    if given:
+        missing = [name for name in _JOB_VARIABLES if name not in given]
+        if missing:
+            raise InputError(
+                f"{', '.join(given)} set, but not {', '.join(missing)}: set all three, or none."
+            )
+        count, number, coordinator = (given[name] for name in _JOB_VARIABLES)
+        if not (count.isdecimal() and number.isdecimal() and int(number) < int(count)):
+            raise InputError(
+                f"HAM_JAX_PROCESS_ID = {number!r} must be a number below HAM_JAX_NUM_PROCESSES ="
+                f" {count!r}."
+            )
+        jax.distributed.initialize(
+            coordinator, int(count), int(number), local_device_ids=_own_gpus(int(number))
+        )
+    elif _slurm_or_pod():
+        jax.distributed.initialize()  # finds the others by itself
+
+
+def _slurm_or_pod() -> bool:
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    return (tasks > 1 and "SLURM_PROCID" in os.environ) or (
+        "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    )
+
+
+def _own_gpus(number: int) -> list[int] | None:
+    """Returns process `number`'s share of this machine's GPUs; None where launch.sh set none."""
+    share = int(os.environ.get("HAM_JAX_GPUS_PER_PROCESS", "0"))
+    return list(range(number * share, (number + 1) * share)) or None
+
+
+def compile_cache() -> None:
+    """Keeps compiled programs on disk, so that the second start is quick.
+
+    They lie in $JAX_COMPILATION_CACHE_DIR, or else in ham_jax/xla in the user's cache folder.
+    """
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "ham_jax" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def mesh() -> Mesh:
+    """Returns one axis `data` over all devices of all processes."""
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the placement of batches: cut along the first axis."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the placement of state: whole on each device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> slice:
+    """Returns which rows of a global batch this process holds."""
+    mine = [d.process_index == jax.process_index() for d in mesh.devices.flat]
+    per_device = batch_size // len(mine)
+    return slice(mine.index(True) * per_device, (mine.index(True) + sum(mine)) * per_device)
+
+
+def shard(mesh: Mesh, local: Any) -> Any:
+    """Returns global arrays, sharded along their rows, from this process's rows of each."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), local)
+
+
+def replicate(mesh: Mesh, tree: Any) -> Any:
+    """Returns the same arrays on each device of the mesh; every process gives the same values."""
+    sharding = replicated(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def place(leaf):
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(place, tree)
+
+
+def is_main() -> bool:
+    """Returns whether this is the one process that writes and prints."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until every process of the job is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def broadcast(number: int) -> int:
+    """Returns the main process's number on every process."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+class Preemption:
+    """While entered, a request to stop (SIGTERM, Ctrl-C) is kept for the loop to ask for.
+
+    In a job of several processes all agree on the step after which they stop, whichever of them
+    was asked. A second Ctrl-C interrupts at once.
+
+    Attributes:
+      exit_code: 75 (try again) after SIGTERM, 130 after Ctrl-C.
+    """
+
+    def __init__(self):
+        self.exit_code = 75
+        self._requested = False
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> "Preemption":
+        if threading.current_thread() is threading.main_thread():
+            self._old[signal.SIGINT] = signal.signal(signal.SIGINT, self._request)
+            # In a job of several processes jax.distributed has its own handler of SIGTERM,
+            # through which all of them learn of it.
+            if jax.process_count() == 1:
+                self._old[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._request)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        self._old.clear()
+
+    def _request(self, number: int, frame) -> None:
+        if number == signal.SIGINT:
+            if self._requested:
+                raise KeyboardInterrupt
+            self.exit_code = 130
+            if jax.process_count() > 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        self._requested = True
+
+    def reached(self, step: int) -> bool:
+        """Returns whether to stop after this step; the same answer on every process.
+
+        Args:
+          step: counts up by one from call to call, on all processes alike.
+        """
+        if jax.process_count() == 1:
+            return self._requested
+        return multihost_utils.reached_preemption_sync_point(step)

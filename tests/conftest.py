@@ -1,0 +1,30 @@
+"""Eight virtual CPU devices for every test, and data that several of them use."""
+
+import os
+from pathlib import Path
+
+# Read by jax when it is first imported, so they are set before any test module is.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with `ham10000/` and `originals_600x450/`; skips the test where it is absent."""
+    beside = Path(__file__).parents[1].parent / "shared" / "data"
+    folder = Path(os.environ.get("HAM_JAX_DATA") or beside)
+    if not (folder / "ham10000").is_dir():
+        pytest.skip(f"no HAM10000 in {folder}; set HAM_JAX_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_raw(tmp_path_factory) -> Path:
+    """200 synthetic lesions in the Kaggle layout."""
+    from ham_jax.data import synthetic
+
+    folder = tmp_path_factory.mktemp("synthetic") / "ham10000"
+    synthetic.write(folder, 200, 0)
+    return folder

@@ -1,0 +1,135 @@
+"""Both feeds, on any number of devices and processes, bring the same images in the same order."""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ham_jax import parallel
+from ham_jax.data import feed, ham10000
+
+ROWS = np.arange(100, 137)
+
+
+def test_each_epoch_shows_each_image_once_and_in_a_new_order():
+    order = feed.shuffled(ROWS, 8, seed=3)
+    drawn = np.concatenate([order(step) for step in range(37)])  # 8 epochs of 37 images
+    epochs = drawn.reshape(8, 37)
+    assert all(sorted(epoch) == ROWS.tolist() for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 8
+    assert not np.array_equal(drawn[:8], feed.shuffled(ROWS, 8, seed=4)(0))
+
+
+def test_the_order_is_a_function_of_the_step_alone():
+    order = feed.shuffled(ROWS, 8, seed=3)
+    backwards = [order(step) for step in reversed(range(20))][::-1]
+    fresh = feed.shuffled(ROWS, 8, seed=3)
+    np.testing.assert_array_equal(backwards, [fresh(step) for step in range(20)])
+
+
+def test_class_balanced_draws_classes_evenly_and_images_of_their_class():
+    labels = np.repeat([0, 4, 5], [2, 5, 30])
+    order = feed.class_balanced(ROWS, labels, 64, seed=0)
+    drawn = np.concatenate([order(step) for step in range(100)])
+    classes = labels[drawn - 100]
+    counts = np.array([(classes == c).sum() for c in (0, 4, 5)])
+    # Binomial(6400, 1/3) has a deviation of 38.
+    assert np.abs(counts - 6400 / 3).max() < 5 * 38
+    assert set(drawn) == set(ROWS)
+    np.testing.assert_array_equal(order(7), feed.class_balanced(ROWS, labels, 64, seed=0)(7))
+
+
+@pytest.fixture(scope="module")
+def records(tiny_records):
+    return ham10000.open_records(tiny_records)
+
+
+def test_stream_and_resident_bring_the_same_pixels_and_labels(records):
+    rows = np.arange(0, len(records.table), 2)
+    order = feed.shuffled(rows, 16, seed=1)
+    mesh = parallel.mesh()
+    steps = range(3, 6)
+    streamed = list(feed.batches("stream", records, rows, order, steps, mesh))
+    resident = list(feed.batches("resident", records, rows, order, steps, mesh))
+    for step, a, b in zip(steps, streamed, resident, strict=True):
+        truth = records.read(order(step))
+        np.testing.assert_array_equal(a["image"], truth)
+        np.testing.assert_array_equal(b["image"], truth)
+        labels = records.table["label"].to_numpy()[order(step)]
+        np.testing.assert_array_equal(a["label"], labels)
+        np.testing.assert_array_equal(b["label"], labels)
+        assert a["image"].sharding == b["image"].sharding
+
+
+def test_sequential_shows_each_row_once_and_pads_the_last_batch(records):
+    rows = np.arange(5, 42)
+    seen = [
+        np.asarray(image)[:count]
+        for image, count in feed.sequential(records, rows, 16, parallel.mesh())
+    ]
+    assert [len(part) for part in seen] == [16, 16, 5]
+    np.testing.assert_array_equal(np.concatenate(seen), records.read(rows))
+
+
+WORKER = textwrap.dedent("""
+    import sys
+    import numpy as np
+    from ham_jax import parallel
+    from ham_jax.data import feed, ham10000
+
+    folder, out = sys.argv[1:]
+    parallel.initialize()
+    import jax
+    records = ham10000.open_records(folder)
+    rows = np.arange(len(records.table))
+    order = feed.shuffled(rows, 8, seed=5)
+    for kind in ("stream", "resident"):
+        batches = feed.batches(kind, records, rows, order, range(2, 5), parallel.mesh())
+        for step, batch in enumerate(batches):
+            for name, array in batch.items():
+                for shard in array.addressable_shards:
+                    start = shard.index[0].start or 0
+                    np.save(f"{out}/{kind}-{step}-{name}-{start}.npy", np.asarray(shard.data))
+""")
+
+
+def _start(num_processes, num_devices, folder, out):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    out.mkdir()
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, folder, out],
+            env=os.environ
+            | {
+                "PYTHONPATH": str(Path(__file__).parents[2]),
+                "JAX_PLATFORMS": "cpu",
+                "XLA_FLAGS": "",
+                "JAX_NUM_CPU_DEVICES": str(num_devices),
+            }
+            | (num_processes > 1)
+            * {
+                "HAM_JAX_NUM_PROCESSES": str(num_processes),
+                "HAM_JAX_PROCESS_ID": str(number),
+                "HAM_JAX_COORDINATOR": f"127.0.0.1:{port}",
+            },
+        )
+        for number in range(num_processes)
+    ]
+
+
+def test_one_and_two_processes_see_the_same_global_batches(tiny_records, tmp_path):
+    jobs = _start(1, 4, tiny_records, tmp_path / "one")
+    jobs += _start(2, 2, tiny_records, tmp_path / "two")
+    assert [job.wait(120) for job in jobs] == [0, 0, 0]
+    one = {file.name: np.load(file) for file in (tmp_path / "one").iterdir()}
+    two = {file.name: np.load(file) for file in (tmp_path / "two").iterdir()}
+    assert len(one) == 2 * 3 * 2 * 4  # feeds, steps, arrays, devices
+    assert one.keys() == two.keys()
+    assert all(np.array_equal(one[name], two[name]) for name in one)

@@ -1,0 +1,113 @@
+"""Photographs in, answers out: the same pixels as in training, and no bad file ends it."""
+
+import csv
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from ham_jax import CLASSES, DISCLAIMER, config, parallel
+from ham_jax.config import InputError
+from ham_jax.evaluation import metrics
+from ham_jax.inference import predict
+from ham_jax.training import loop
+
+
+class NeverStop:
+    exit_code = 75
+
+    def reached(self, step):
+        return False
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_records, tmp_path_factory):
+    c = config.base()
+    c.data.dir = str(tiny_records)
+    c.data.canvas = (24, 32)
+    c.data.num_folds = 3
+    c.model.stem = "small"
+    c.augment.crop_px = 16
+    c.optim.warmup = {"steps": 0}
+    c.train.batch_size = 8
+    c.train.duration = {"steps": 2}
+    c.log.tensorboard = False
+    workdir = tmp_path_factory.mktemp("trained")
+    loop.train(c, workdir, parallel.mesh(), NeverStop())
+    return workdir
+
+
+def answers(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_file_gets_the_probabilities_of_its_record(trained, tiny_raw, tmp_path):
+    """Decoded from the file, or read from the record: the same bits."""
+    ids, _, _, probabilities = metrics.read_predictions(trained / "predictions.csv")
+    listed = tmp_path / "list.csv"
+    files = {p.stem: p for p in tiny_raw.rglob("*.jpg")}
+    listed.write_text("path\n" + "\n".join(str(files[i]) for i in ids))
+    output = tmp_path / "answers.csv"
+    assert predict.run(trained, str(listed), output, [], parallel.mesh()) == len(ids)
+    rows = answers(output)
+    np.testing.assert_array_equal(
+        [[float(row[dx]) for dx in CLASSES] for row in rows], probabilities
+    )
+    assert [row["prediction"] for row in rows] == [CLASSES[k] for k in probabilities.argmax(1)]
+    assert {row["note"] for row in rows} == {DISCLAIMER}
+
+
+def test_broken_files_get_a_row_and_the_rest_go_on(trained, tiny_raw, tmp_path, capsys):
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    good = next(tiny_raw.rglob("*.jpg"))
+    shutil.copy(good, folder / "b.jpg")
+    (folder / "a.jpg").write_bytes(good.read_bytes()[:500])
+    (folder / "c.png").touch()
+    (folder / "notes.txt").write_text("not an image")
+    output = tmp_path / "answers.csv"
+    assert predict.run(trained, str(folder), output, [], parallel.mesh()) == 1
+    rows = answers(output)
+    assert [row["path"].rsplit("/")[-1] for row in rows] == ["a.jpg", "b.jpg", "c.png"]
+    assert [bool(row["error"]) for row in rows] == [True, False, True]
+    assert DISCLAIMER in " ".join(capsys.readouterr().out.split())
+    assert predict.run(trained, str(folder / "a.jpg"), output, [], parallel.mesh()) == 0
+
+
+def test_images_by_file_folder_glob_and_csv(tmp_path):
+    for name in ("x/1.jpg", "x/y/2.PNG", "x/.hidden.jpg", "x/3.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    one, two = tmp_path / "x/1.jpg", tmp_path / "x/y/2.PNG"
+    (tmp_path / "list.csv").write_text("note,image\n,x/1.jpg\n,x/1.jpg\n")
+    (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
+    assert predict.find_images(str(one)) == [one]
+    assert predict.find_images(str(tmp_path / "x")) == [one, two]
+    assert predict.find_images(f"{tmp_path}/**/*.PNG") == [two]
+    assert predict.find_images(str(tmp_path / "list.csv")) == [one]
+    for nothing in ("nope.jpg", "bad.csv", "*.tiff"):
+        with pytest.raises(InputError, match="--images="):
+            predict.find_images(str(tmp_path / nothing))
+
+
+def test_an_output_in_a_missing_folder_is_refused_before_work(trained, tiny_raw, tmp_path):
+    with pytest.raises(InputError, match="there is no folder"):
+        predict.run(trained, str(tiny_raw), tmp_path / "no" / "a.csv", [], parallel.mesh())
+
+
+def test_more_photographs_than_a_batch(trained, tiny_raw, tmp_path):
+    """The order of rows survives full batches with a broken file among them."""
+    listed = sorted(tiny_raw.rglob("*.jpg"))[:19]
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    names = [*listed[:5], broken, *listed[5:]]
+    (tmp_path / "list.csv").write_text("path\n" + "\n".join(map(str, names)))
+    few = [("eval.batch_size", "8")]
+    output = tmp_path / "a.csv"
+    predict.run(trained, str(tmp_path / "list.csv"), output, few, parallel.mesh())
+    rows = answers(output)
+    assert [row["path"] for row in rows] == [str(name) for name in names]
+    assert [bool(row["error"]) for row in rows] == [name is broken for name in names]
+    assert jax.device_count() == 8
