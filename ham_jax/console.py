@@ -16,6 +16,11 @@ console = rich.console.Console(stderr=True, highlight=False)
 _output = rich.console.Console(highlight=False)
 
 
+def is_terminal() -> bool:
+    """Returns whether bars can be drawn."""
+    return console.is_terminal
+
+
 @contextlib.contextmanager
 def progress(description: str) -> Iterator[Callable[..., None]]:
     """Shows how far a task is: a bar on a terminal, else a line at most every 10 seconds.

@@ -45,7 +45,7 @@ def check_finite(losses: Mapping[int, float]) -> None:
         )
 
 
-class Telemetry(contextlib.AbstractContextManager):
+class Telemetry:
     """Tells what a training run does, on the main process only; the others' calls do nothing.
 
     Steps count from 1 when they are done. Speeds are measured between two logs with different
@@ -92,7 +92,6 @@ class Telemetry(contextlib.AbstractContextManager):
             return self
         self._workdir.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as opened:  # closes what is open if the next fails
-            self._closing = opened
             path = self._workdir / "metrics.jsonl"
             drop_after(path, self._start_step)
             self._lines = opened.enter_context(path.open("a", encoding="utf-8"))
@@ -144,16 +143,14 @@ class Telemetry(contextlib.AbstractContextManager):
             for name, value in scalars.items():
                 self._events.add_scalar(name, value, step)
             self._events.flush()
-        eta = self._eta(step, now)
         shown = [form.format(scalars[name]) for name, form in _SHOWN.items() if name in scalars]
         if "perf/images_per_s" in scalars:
-            shown.append(f"ETA {eta}")
+            shown.append(f"ETA {self._eta(step, now)}")
             if self._logged[0] == self._start_step:
                 self._origin = (step, now)  # the first steps were also compiled
             self._logged, self._waited_s, self._away_s = (step, now), 0.0, 0.0
-        console.log_line(
-            "  ".join([f"step {step}/{self._num_steps}", f"epoch {row['epoch']:.2f}", *shown])
-        )
+        where = [f"step {step}/{self._num_steps}", f"epoch {row['epoch']:.2f}"]
+        console.log_line("  ".join(where + shown))
 
     def _speed(self, step: int, now: float) -> dict[str, float]:
         last_step, then = self._logged
