@@ -1,0 +1,212 @@
+#!/usr/bin/env bash
+# Sets up .venv once and runs ham_jax in it.
+#
+#   ./launch.sh                            the demonstration: synthetic lesions, minutes on a laptop
+#   ./launch.sh --config=FILE [flags]      python -m ham_jax.main with these flags
+#   ./launch.sh --processes N [flags]      the same as one job of N processes on this machine
+#   srun ./launch.sh [flags]               the same as one job of Slurm's tasks
+#   ./launch.sh test [pytest arguments]    lint and tests
+#   ./launch.sh --help                     this text, and the flags
+#
+# A run that ends with 75 (it was preempted, and saved itself) is started again. SIGTERM and Ctrl-C
+# are passed on; then nothing is started again.
+# Variables: PYTHON, the interpreter to use (>= 3.11); HAM_JAX_VENV, the environment's folder.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+venv=${HAM_JAX_VENV:-$root/.venv}
+PREEMPTED=75
+MAX_RESTARTS=100
+GRACE_S=60   # for the other processes of a job, once one has failed
+
+say() { printf 'launch.sh: %s\n' "$*" >&2; }
+fail() { say "$*"; exit 2; }
+
+# ---- set-up
+
+runs() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; }
+
+find_python() {  # newer JAX, which needs 3.12, is faster on CPU
+  if [ -n "${PYTHON:-}" ]; then
+    runs "$PYTHON" || fail "PYTHON=$PYTHON does not run as Python 3.11 to 3.13."
+    echo "$PYTHON"; return
+  fi
+  local found pyenv
+  for found in python3.12 python3.13 python3.11 python3; do
+    if runs "$found"; then echo "$found"; return; fi
+    # pyenv's shims fail for versions that are installed but not chosen.
+    for pyenv in "${PYENV_ROOT:-$HOME/.pyenv}"/versions/*/bin/"$found"; do
+      if runs "$pyenv"; then echo "$pyenv"; return; fi
+    done
+  done
+  fail "no Python 3.11, 3.12 or 3.13 found. Install one, or set PYTHON to it."
+}
+
+accelerator() {  # the extra of jax that fits this machine, empty for CPU
+  local driver
+  if driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1) \
+      && [ -n "$driver" ]; then
+    if [ "${driver%%.*}" -ge 580 ]; then echo cuda13; else echo cuda12; fi
+  elif compgen -G '/dev/accel[0-9]*' >/dev/null || [ -n "${TPU_WORKER_HOSTNAMES:-}" ]; then
+    echo tpu
+  fi
+}
+
+install() {  # install NAME REQUIREMENTS...: with pip, once, again when they change or pip failed
+  local name=$1; shift
+  local extra stamp=$venv/.installed-$name wanted
+  extra=$(accelerator)
+  wanted=$({ cat "$root"/requirements*.txt; echo "$extra"; } | cksum)
+  [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && return
+  say "installing $name into $venv${extra:+ for $extra} (once; some minutes)"
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    ${extra:+"jax[$extra]>=0.10.2,<0.13"} -r "$root/$1" || fail "the installation failed; see above."
+  echo "$wanted" > "$stamp"
+}
+
+set_up() {
+  mkdir -p "$venv"
+  exec 9> "$venv/.lock"
+  if command -v flock >/dev/null; then flock 9; fi  # Slurm tasks share the folder
+  if ! [ -x "$venv/bin/python" ] || ! runs "$venv/bin/python"; then
+    local python; python=$(find_python)
+    say "making $venv with $("$python" --version)"
+    "$python" -m venv "$venv" || fail "this Python cannot make environments (Debian: apt install python3-venv)."
+  fi
+  install ham_jax requirements.txt
+  if [ "${1:-}" = test ]; then install tests requirements-test.txt; fi
+  exec 9>&-
+}
+
+# ---- processes
+
+children=()
+signalled=
+
+pass_on() {
+  signalled=$1
+  local pid; for pid in "${children[@]}"; do kill -s "$1" "$pid" 2>/dev/null || true; done
+}
+
+leave_none() {
+  local pid; for pid in "${children[@]}"; do kill -KILL "$pid" 2>/dev/null || true; done
+}
+
+main() {  # as a child, so that signals can be passed on
+  PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$venv/bin/python" -m ham_jax.main "$@"
+}
+
+wait_for() {  # wait_for PID: its exit code, through signals
+  local code
+  while true; do
+    code=0; wait "$1" || code=$?
+    kill -0 "$1" 2>/dev/null || return "$code"
+  done
+}
+
+run_one() {
+  main "$@" & children=($!)
+  wait_for "${children[0]}"
+}
+
+free_port() {
+  "$venv/bin/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
+
+run_many() {  # run_many N FLAGS: process 0 prints here, the others into files
+  local count=$1 port gpus number code first=0 logs pid; shift
+  port=$(free_port)
+  gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
+  logs=$(mktemp -d "${TMPDIR:-/tmp}/ham_jax.XXXXXX")
+  say "$count processes; what those after the first print is in $logs"
+  children=()
+  for ((number = 0; number < count; number++)); do
+    (
+      export HAM_JAX_NUM_PROCESSES=$count HAM_JAX_PROCESS_ID=$number
+      export HAM_JAX_COORDINATOR=127.0.0.1:$port HAM_JAX_GPUS_PER_PROCESS=$((gpus / count))
+      if ((number)); then exec > "$logs/$number" 2>&1; fi
+      main "$@"
+    ) &
+    children+=($!)
+  done
+  local left=("${children[@]}") still deadline=
+  while ((${#left[@]})); do
+    still=()
+    for pid in "${left[@]}"; do
+      if kill -0 "$pid" 2>/dev/null; then still+=("$pid"); continue; fi
+      code=0; wait "$pid" || code=$?
+      if ((code && !first)); then
+        first=$code
+        deadline=$((SECONDS + GRACE_S))
+        # One that was preempted stops together with the others; one that failed takes them along.
+        if ((code != PREEMPTED)); then pass_on TERM; signalled=; fi
+      fi
+    done
+    left=("${still[@]}")
+    if [ -n "$deadline" ] && ((SECONDS >= deadline)); then leave_none; fi
+    if ((${#left[@]})); then sleep 0.2; fi
+  done
+  if ((first && first != PREEMPTED)); then
+    for number in "$logs"/*; do
+      if [ -s "$number" ]; then say "the end of $number:"; tail -n 5 "$number" >&2; fi
+    done
+  fi
+  return "$first"
+}
+
+keep_running() {  # again after each preemption
+  local code restarts
+  trap 'pass_on TERM' TERM
+  trap 'pass_on INT' INT
+  trap leave_none EXIT
+  for ((restarts = 0; ; restarts++)); do
+    code=0; "$@" || code=$?
+    children=()
+    if ((code != PREEMPTED)) || [ -n "$signalled" ] || ((restarts == MAX_RESTARTS)); then
+      return "$code"
+    fi
+    say "preempted; starting again ($((restarts + 1)))"
+  done
+}
+
+demonstrate() {
+  local run=(run_one --config="$root/configs/demo.py" --workdir=runs/demo)
+  say "python -m ham_jax.main ${run[*]:1}"
+  keep_running "${run[@]}"
+  run=(run_one --mode=predict --workdir=runs/demo --images="data/demo/**/ISIC_002430?.jpg")
+  say "python -m ham_jax.main ${run[*]:1}"
+  keep_running "${run[@]}"
+}
+
+# ---- what was asked for
+
+case "${1:-}" in
+  --help | -h)
+    sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"
+    set_up
+    main --help
+    ;;
+  test)
+    shift
+    set_up test
+    cd "$root"
+    "$venv/bin/ruff" check .
+    "$venv/bin/ruff" format --check .
+    JAX_PLATFORMS=cpu exec "$venv/bin/python" -m pytest "$@"
+    ;;
+  "")
+    set_up
+    cd "$root"
+    demonstrate
+    ;;
+  --processes | --processes=*)
+    if [ "$1" = --processes ]; then count=${2:-}; shift 2 || true; else count=${1#*=}; shift; fi
+    [[ "$count" =~ ^[1-9][0-9]*$ ]] || fail "--processes needs a number, such as --processes 2."
+    set_up
+    keep_running run_many "$count" "$@"
+    ;;
+  *)
+    set_up
+    keep_running run_one "$@"
+    ;;
+esac
