@@ -80,6 +80,9 @@ set_up() {
 
 # ---- processes
 
+# With job control each child has a process group of its own, and Ctrl-C reaches only this script,
+# which passes it on; without, bash starts children deaf to Ctrl-C.
+set -m
 children=()
 signalled=
 
@@ -89,7 +92,7 @@ pass_on() {
 }
 
 leave_none() {
-  local pid; for pid in "${children[@]}"; do kill -KILL "$pid" 2>/dev/null || true; done
+  local pid; for pid in "${children[@]}"; do kill -KILL -- "-$pid" 2>/dev/null || true; done
 }
 
 main() {  # as a child, so that signals can be passed on

@@ -97,6 +97,13 @@ def test_decoupled_decay_shrinks_by_rate_times_decay(params):
     np.testing.assert_allclose(end["head"]["kernel"], params["head"]["kernel"] * 0.95, rtol=1e-6)
 
 
+def test_lamb_moves_a_kernel_by_its_size_and_a_bias_whatever_its_size():
+    params = {"kernel": jnp.full((4, 4), 10.0), "bias": jnp.full(4, 1e-6)}
+    end, _ = run(section(name="lamb"), params, 1, lambda p: p["kernel"].sum() + p["bias"].sum())
+    np.testing.assert_allclose(end["kernel"], 9.0, rtol=1e-4)
+    np.testing.assert_allclose(end["bias"], -0.1, rtol=1e-4)
+
+
 def test_muon_turns_a_convolution_as_one_matrix(params):
     """The update of a kernel [3, 3, 3, 8] is nearly orthogonal as [27, 8], and AdamW's size."""
     end, _ = run(section(name="muon"), params)

@@ -91,7 +91,8 @@ def test_speed_and_wait_and_eta_by_a_clock(tmp_path, shown):
     assert shown[3].endswith("ETA 0:34:10")  # 1025 s for 30 steps, so 2050 s for 60
 
 
-def test_a_resumed_file_is_that_of_an_unbroken_run(tmp_path):
+@pytest.mark.parametrize("last_line", ['{"step": 3, "ep', '{"step": 3}'])
+def test_a_resumed_file_is_that_of_an_unbroken_run(tmp_path, last_line):
     def run(workdir, first, last, start_step):
         with make(workdir, start_step) as log:
             for step in range(first, last + 1):
@@ -101,7 +102,9 @@ def test_a_resumed_file_is_that_of_an_unbroken_run(tmp_path):
     broken = tmp_path / "broken"
     run(broken, 1, 7, 0)
     with (broken / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "ep')  # killed here; the last checkpoint is of step 5
+        file.write(
+            last_line
+        )  # killed here, before the line's end; the last checkpoint is of step 5
     run(broken, 6, 9, 5)
 
     def timeless(workdir):
