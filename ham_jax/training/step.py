@@ -114,7 +114,7 @@ def make_train_step(
             "opt_state": opt_state,
             "ema": ema,
         }
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         return state, {"loss": value, "accuracy": accuracy, "grad_norm": grad_norm}
 
     donate = () if jax.default_backend() == "cpu" else (0,)
