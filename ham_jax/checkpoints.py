@@ -9,6 +9,8 @@ of its files, for Orbax restores a flipped bit without a word.
 import hashlib
 import json
 import os
+import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,8 @@ State = dict[str, Any]
 
 METRIC = "val/balanced_accuracy"
 _MODEL = ("params", "batch_stats", "ema")
-_NO_METRIC = -1.0  # below any balanced accuracy
+_NO_METRIC = -1.0  # below any balanced accuracy: of a step that was not evaluated
+_POLL_S = 0.05
 
 
 class Checkpoints:
@@ -62,14 +65,24 @@ class Checkpoints:
                     ]
                 ),
                 cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
             ),
+            item_handlers={
+                "model": ocp.StandardCheckpointHandler(),
+                "progress": ocp.StandardCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
         )
+        self._saving = False
+        self._hashing: threading.Thread | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        self.wait()
         self._manager.close()
 
     def save(
@@ -92,23 +105,28 @@ class Checkpoints:
                 ),
                 meta=ocp.args.JsonSave(dict(meta)),
             ),
-            metrics=None if metrics is None else {METRIC: metrics[METRIC]},
+            metrics={METRIC: _NO_METRIC if metrics is None else metrics[METRIC]},
             force=True,
         )
+        if self._hashing is not None:
+            self._hashing.join()
+        self._saving = True
+        self._hashing = threading.Thread(target=self._write_checksums, args=(step,), daemon=True)
+        self._hashing.start()
 
     def wait(self) -> None:
         """Returns when everything saved is on disk."""
         self._manager.wait_until_finished()
+        self._saving = False
+        if self._hashing is not None:
+            self._hashing.join()
 
     def latest(self) -> int | None:
         """Returns the newest step, None if there is none."""
         return self._manager.latest_step()
 
     def best(self) -> int | None:
-        """Returns the step with the best metric, the earlier one of equals; None if there is none.
-
-        Without any metric it is the newest step.
-        """
+        """Returns the step with the best metric, the later one of equals; None if there is none."""
         return next(iter(self._by_metric()), None)
 
     def restore(
@@ -160,23 +178,21 @@ class Checkpoints:
 
         def args(step: int) -> ocp.args.Composite:
             shapes = self._manager.item_metadata(step)["model"]
-            as_numpy = jax.tree.map(
-                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), getattr(shapes, "tree", shapes)
-            )
+            as_numpy = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes.tree)
             return ocp.args.Composite(
-                model=ocp.args.PyTreeRestore(restore_args=as_numpy), meta=ocp.args.JsonRestore()
+                model=ocp.args.StandardRestore(as_numpy), meta=ocp.args.JsonRestore()
             )
 
         restored, step = self._first_whole(steps, args)
         return restored["model"], restored["meta"], step
 
     def _by_metric(self) -> list[int]:
-        def key(step: int) -> tuple[float, int]:
-            metrics = self._manager.metrics(step)
-            return (_NO_METRIC, -step) if metrics is None else (_metric(metrics), -step)
+        """Returns all steps, the best first; of equals the later one, which Orbax keeps."""
 
-        steps = self._manager.all_steps()
-        return sorted(steps, key=key, reverse=True)
+        def key(step: int) -> tuple[float, int]:
+            return _metric(self._manager.metrics(step)), step
+
+        return sorted(self._manager.all_steps(), key=key, reverse=True)
 
     def _first_whole(self, steps: list[int], args: Callable) -> tuple[Any, int]:
         for step in steps:
@@ -184,8 +200,11 @@ class Checkpoints:
             if not parallel.broadcast(int(fault is not None)):
                 try:
                     return self._manager.restore(step, args=args(step)), step
-                # Orbax's errors for what checksums did not cover share no base class.
+                # Orbax's errors for damaged files share no base class. Files that were verified
+                # are not damaged: then it is another error, and no reason to lose a checkpoint.
                 except Exception as error:
+                    if self._checksums(step).exists():
+                        raise
                     fault = f"{type(error).__name__}: {error}"
             logging.warning(
                 "Checkpoint of step %d in %s is damaged (%s). It is moved to %s; the one before it"
@@ -202,7 +221,7 @@ class Checkpoints:
         )
 
     def _set_aside(self, step: int) -> None:
-        self._manager.close()
+        self._close()
         if parallel.is_main():
             aside = self._workdir / "damaged"
             aside.mkdir(exist_ok=True)
@@ -215,17 +234,19 @@ class Checkpoints:
     def _checksums(self, step: int | str) -> Path:
         return self._workdir / "checksums" / f"{step}.json"
 
-    def _write_checksums(self) -> None:
-        """Called by Orbax after each commit."""
+    def _write_checksums(self, step: int) -> None:
+        """Waits until Orbax has renamed the step's folder, then hashes its files."""
         if not parallel.is_main():
             return
-        committed = {path.name for path in self._folder.iterdir() if path.name.isdecimal()}
-        self._checksums(0).parent.mkdir(exist_ok=True)
-        for name in committed:
-            if not self._checksums(name).exists():
-                files.write_json(self._checksums(name), _hashes(self._folder / name))
-        for old in self._checksums(0).parent.glob("*.json"):
-            if old.stem not in committed:
+        folder = self._folder / str(step)
+        while not folder.exists():
+            if not self._saving:
+                return  # saving failed; Orbax raises in the main thread
+            time.sleep(_POLL_S)
+        self._checksums(step).parent.mkdir(exist_ok=True)
+        files.write_json(self._checksums(step), _hashes(folder))
+        for old in self._checksums(step).parent.glob("*.json"):
+            if not (self._folder / old.stem).exists():
                 old.unlink()
 
     def _fault(self, step: int) -> str | None:

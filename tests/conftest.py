@@ -6,6 +6,10 @@ from pathlib import Path
 # Read by jax when it is first imported, so they are set before any test module is.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# A network compiled by one test is not compiled again by the next, nor by the next run.
+_CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import pytest
 
@@ -28,3 +32,12 @@ def tiny_raw(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("synthetic") / "ham10000"
     synthetic.write(folder, 200, 0)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_records(tiny_raw, tmp_path_factory) -> Path:
+    """The same as records of 24 x 32 pixels."""
+    from ham_jax.data import ham10000
+
+    prepared = tmp_path_factory.mktemp("prepared")
+    return ham10000.prepare(tiny_raw, (24, 32), prepared, allow_partial=True, num_workers=1)

@@ -19,7 +19,6 @@ def ham_jax(*arguments, cwd, **environment):
         cwd=cwd,
         env=os.environ
         | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-        | {"XLA_FLAGS": ""}
         | environment,
         capture_output=True,
         text=True,

@@ -98,35 +98,31 @@ WORKER = textwrap.dedent("""
 """)
 
 
-def _start(num_processes, num_devices, folder, out):
+def start_job(num_processes, num_devices, folder, out):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     out.mkdir()
+    common = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(num_devices),
+    }
+    if num_processes > 1:
+        common["HAM_JAX_NUM_PROCESSES"] = str(num_processes)
+        common["HAM_JAX_COORDINATOR"] = f"127.0.0.1:{port}"
     return [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, folder, out],
-            env=os.environ
-            | {
-                "PYTHONPATH": str(Path(__file__).parents[2]),
-                "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": "",
-                "JAX_NUM_CPU_DEVICES": str(num_devices),
-            }
-            | (num_processes > 1)
-            * {
-                "HAM_JAX_NUM_PROCESSES": str(num_processes),
-                "HAM_JAX_PROCESS_ID": str(number),
-                "HAM_JAX_COORDINATOR": f"127.0.0.1:{port}",
-            },
+            env=common | ({"HAM_JAX_PROCESS_ID": str(number)} if num_processes > 1 else {}),
         )
         for number in range(num_processes)
     ]
 
 
 def test_one_and_two_processes_see_the_same_global_batches(tiny_records, tmp_path):
-    jobs = _start(1, 4, tiny_records, tmp_path / "one")
-    jobs += _start(2, 2, tiny_records, tmp_path / "two")
+    jobs = start_job(1, 4, tiny_records, tmp_path / "one")
+    jobs += start_job(2, 2, tiny_records, tmp_path / "two")
     assert [job.wait(120) for job in jobs] == [0, 0, 0]
     one = {file.name: np.load(file) for file in (tmp_path / "one").iterdir()}
     two = {file.name: np.load(file) for file in (tmp_path / "two").iterdir()}
