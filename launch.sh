@@ -6,11 +6,11 @@
 #   ./launch.sh --processes N [flags]      the same as one job of N processes on this machine
 #   srun ./launch.sh [flags]               the same as one job of Slurm's tasks
 #   ./launch.sh test [pytest arguments]    lint and tests
-#   ./launch.sh --help                     this text, and the flags
+#   ./launch.sh --help                     this text, and the flags once all is installed
 #
 # A run that ends with 75 (it was preempted, and saved itself) is started again. SIGTERM and Ctrl-C
-# are passed on; then nothing is started again.
-# Variables: PYTHON, the interpreter to use (>= 3.11); HAM_JAX_VENV, the environment's folder.
+# are passed on, and so is a closed terminal; then nothing is started again.
+# Variables: PYTHON, the interpreter that makes .venv (>= 3.11); HAM_JAX_VENV, another folder for it.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -44,12 +44,20 @@ find_python() {  # newer JAX, which needs 3.12, is faster on CPU
 
 accelerator() {  # the extra of jax that fits this machine, empty for CPU
   local driver
-  if driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1) \
-      && [ -n "$driver" ]; then
-    if [ "${driver%%.*}" -ge 580 ]; then echo cuda13; else echo cuda12; fi
-  elif compgen -G '/dev/accel[0-9]*' >/dev/null || [ -n "${TPU_WORKER_HOSTNAMES:-}" ]; then
+  driver=$(grep -oE '[0-9]+\.[0-9.]+' /proc/driver/nvidia/version 2>/dev/null | head -n 1) ||
+    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1) ||
+    driver=
+  if [[ "$driver" =~ ^[0-9]+ ]]; then
+    if ((BASH_REMATCH[0] >= 580)); then echo cuda13; else echo cuda12; fi
+  elif has_tpu; then
     echo tpu
   fi
+}
+
+has_tpu() {  # by PCI device number, v2 to v7, as JAX itself looks; Google's network cards have others
+  local ids='0x(0027|0056|005e|0062|0063|006f|0076)'
+  grep -lsx 0x1ae0 /sys/bus/pci/devices/*/vendor | sed 's/vendor$/device/' |
+    xargs grep -qsxE "$ids" /dev/null || [ -n "${TPU_WORKER_HOSTNAMES:-}" ]
 }
 
 install() {  # install NAME REQUIREMENTS...: with pip, once, again when they change or pip failed
@@ -68,9 +76,12 @@ set_up() {
   mkdir -p "$venv"
   exec 9> "$venv/.lock"
   if command -v flock >/dev/null; then flock 9; fi  # Slurm tasks share the folder
-  if ! [ -x "$venv/bin/python" ] || ! runs "$venv/bin/python"; then
+  if ! runs "$venv/bin/python" ||
+      { ! [ -f "$venv/.installed-ham_jax" ] && ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; }
+  then  # there is none, its Python is gone, or making it was broken off
     local python; python=$(find_python)
     say "making $venv with $("$python" --version)"
+    rm -f "$venv"/.installed-*
     "$python" -m venv "$venv" || fail "this Python cannot make environments (Debian: apt install python3-venv)."
   fi
   install ham_jax requirements.txt
@@ -83,46 +94,50 @@ set_up() {
 # With job control each child has a process group of its own, and Ctrl-C reaches only this script,
 # which passes it on; without, bash starts children deaf to Ctrl-C.
 set -m
-children=()
-signalled=
+children=   # process ids
+signals=0   # that this script was sent
 
 pass_on() {
-  signalled=$1
-  local pid; for pid in "${children[@]}"; do kill -s "$1" "$pid" 2>/dev/null || true; done
+  local pid; for pid in $children; do kill -s "$1" "$pid" 2>/dev/null || true; done
 }
 
-leave_none() {
-  local pid; for pid in "${children[@]}"; do kill -KILL -- "-$pid" 2>/dev/null || true; done
+leave_none() {  # of the children, nor of what they started
+  local pid; for pid in $children; do kill -KILL -- "-$pid" 2>/dev/null || true; done
+  children=
 }
 
 main() {  # as a child, so that signals can be passed on
   PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$venv/bin/python" -m ham_jax.main "$@"
 }
 
-wait_for() {  # wait_for PID: its exit code, through signals
-  local code
-  while true; do
-    code=0; wait "$1" || code=$?
-    kill -0 "$1" 2>/dev/null || return "$code"
-  done
-}
-
 run_one() {
-  main "$@" & children=($!)
-  wait_for "${children[0]}"
+  local code before=-1
+  main "$@" & children=$!
+  while ((before != signals)); do  # a signal ends `wait` early
+    before=$signals
+    code=0; wait "$children" || code=$?
+  done
+  return "$code"
 }
 
 free_port() {
   "$venv/bin/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 
+count_gpus() {
+  if [ "${JAX_PLATFORMS:-}" = cpu ]; then echo 0
+  elif [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then echo "$CUDA_VISIBLE_DEVICES" | tr , '\n' | grep -c .
+  else nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true
+  fi
+}
+
 run_many() {  # run_many N FLAGS: process 0 prints here, the others into files
   local count=$1 port gpus number code first=0 logs pid; shift
+  gpus=$(count_gpus)
+  ((gpus == 0 || gpus >= count)) || fail "$count processes need as many GPUs; here are $gpus."
   port=$(free_port)
-  gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
   logs=$(mktemp -d "${TMPDIR:-/tmp}/ham_jax.XXXXXX")
   say "$count processes; what those after the first print is in $logs"
-  children=()
   for ((number = 0; number < count; number++)); do
     (
       export HAM_JAX_NUM_PROCESSES=$count HAM_JAX_PROCESS_ID=$number
@@ -130,24 +145,25 @@ run_many() {  # run_many N FLAGS: process 0 prints here, the others into files
       if ((number)); then exec > "$logs/$number" 2>&1; fi
       main "$@"
     ) &
-    children+=($!)
+    children="$children $!"
   done
-  local left=("${children[@]}") still deadline=
-  while ((${#left[@]})); do
-    still=()
-    for pid in "${left[@]}"; do
-      if kill -0 "$pid" 2>/dev/null; then still+=("$pid"); continue; fi
+  local left=$children still deadline=
+  while [ -n "$left" ]; do
+    still=
+    for pid in $left; do
+      if kill -0 "$pid" 2>/dev/null; then still="$still $pid"; continue; fi
       code=0; wait "$pid" || code=$?
       if ((code && !first)); then
         first=$code
         deadline=$((SECONDS + GRACE_S))
         # One that was preempted stops together with the others; one that failed takes them along.
-        if ((code != PREEMPTED)); then pass_on TERM; signalled=; fi
+        if ((code != PREEMPTED)); then pass_on TERM; fi
       fi
     done
-    left=("${still[@]}")
+    left=$still
     if [ -n "$deadline" ] && ((SECONDS >= deadline)); then leave_none; fi
-    if ((${#left[@]})); then sleep 0.2; fi
+    # In the foreground it would be the one that a Ctrl-C reaches.
+    if [ -n "$left" ]; then sleep 0.2 & wait $! || true; fi
   done
   if ((first && first != PREEMPTED)); then
     for number in "$logs"/*; do
@@ -159,15 +175,13 @@ run_many() {  # run_many N FLAGS: process 0 prints here, the others into files
 
 keep_running() {  # again after each preemption
   local code restarts
-  trap 'pass_on TERM' TERM
-  trap 'pass_on INT' INT
+  trap 'signals=$((signals + 1)); pass_on TERM' TERM HUP
+  trap 'signals=$((signals + 1)); pass_on INT' INT
   trap leave_none EXIT
   for ((restarts = 0; ; restarts++)); do
     code=0; "$@" || code=$?
-    children=()
-    if ((code != PREEMPTED)) || [ -n "$signalled" ] || ((restarts == MAX_RESTARTS)); then
-      return "$code"
-    fi
+    leave_none
+    if ((code != PREEMPTED || signals || restarts == MAX_RESTARTS)); then return "$code"; fi
     say "preempted; starting again ($((restarts + 1)))"
   done
 }
@@ -186,8 +200,7 @@ demonstrate() {
 case "${1:-}" in
   --help | -h)
     sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"
-    set_up
-    main --help
+    if [ -f "$venv/.installed-ham_jax" ]; then echo; main --help; fi
     ;;
   test)
     shift

@@ -9,9 +9,8 @@ of its files, for Orbax restores a flipped bit without a word.
 import hashlib
 import json
 import os
-import threading
-import time
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,59 +29,68 @@ State = dict[str, Any]
 
 METRIC = "val/balanced_accuracy"
 _MODEL = ("params", "batch_stats", "ema")
-_NO_METRIC = -1.0  # below any balanced accuracy: of a step that was not evaluated
-_POLL_S = 0.05
+_NO_METRIC = -1.0  # of a step that was not evaluated: below any balanced accuracy
+_TEMPORARY = ocp.utils.TMP_DIR_SUFFIX
+# Orbax adds the time to it when it renames the folder; restoring does not depend on it.
+_TIME_STAMPED = "_CHECKPOINT_METADATA"
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest `keep`, and the best by `METRIC`.
+    """The checkpoints of one run that trains: the newest `keep`, and the best by `METRIC`.
+
+    On opening, each is verified; a damaged one is named in a warning and moved to
+    `<workdir>/damaged`, and what follows goes by the others. Only one job may have a folder open;
+    `load_for_inference` may read it meanwhile.
 
     A context manager: on leaving it, what is being saved is finished.
 
     Args:
       workdir: of the run.
       keep: how many of the newest stay.
+
+    Raises:
+      InputError: there are checkpoints, and all are damaged.
     """
 
     def __init__(self, workdir: Path, keep: int = 2):
-        self._workdir, self._keep = workdir, keep
-        self._folder = (workdir / "checkpoints").absolute()
-        self._open()
-
-    def _open(self) -> None:
+        self._workdir = workdir.absolute()
+        self._folder = self._workdir / "checkpoints"
+        lost = False
+        if parallel.is_main():
+            # Left by a run that was killed while it saved.
+            for unfinished in self._folder.glob(f"*{_TEMPORARY}*"):
+                shutil.rmtree(unfinished)
+            before = _steps(self._workdir)
+            damaged = [step for step in before if not _is_whole(self._workdir, step)]
+            for step in damaged:
+                self._set_aside(step)
+            lost = bool(before) and before == damaged
+        if parallel.broadcast(int(lost)):  # which also lets the others wait for the main process
+            raise InputError(
+                f"{self._folder}: every checkpoint is damaged; they are now in"
+                f" {self._workdir / 'damaged'}. Restore the folder from a copy, or start the same"
+                " command again to train from the beginning."
+            )
         policies = checkpoint_managers
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
                 # Without best_fn, BestN would not know earlier steps' metrics after a restart.
-                best_fn=_metric,
+                best_fn=lambda metrics: metrics[METRIC],
                 preservation_policy=policies.AnyPreservationPolicy(
                     [
-                        policies.LatestN(self._keep),
-                        policies.BestN(
-                            get_metric_fn=_metric, n=1, keep_checkpoints_without_metrics=False
-                        ),
+                        policies.LatestN(keep),
+                        policies.BestN(get_metric_fn=lambda metrics: metrics[METRIC], n=1),
                     ]
                 ),
-                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
             ),
-            item_handlers={
-                "model": ocp.StandardCheckpointHandler(),
-                "progress": ocp.StandardCheckpointHandler(),
-                "meta": ocp.JsonCheckpointHandler(),
-            },
         )
-        self._saving = False
-        self._hashing: threading.Thread | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        self.wait()
         self._manager.close()
 
     def save(
@@ -108,37 +116,29 @@ class Checkpoints:
             metrics={METRIC: _NO_METRIC if metrics is None else metrics[METRIC]},
             force=True,
         )
-        if self._hashing is not None:
-            self._hashing.join()
-        self._saving = True
-        self._hashing = threading.Thread(target=self._write_checksums, args=(step,), daemon=True)
-        self._hashing.start()
 
     def wait(self) -> None:
         """Returns when everything saved is on disk."""
         self._manager.wait_until_finished()
-        self._saving = False
-        if self._hashing is not None:
-            self._hashing.join()
 
     def latest(self) -> int | None:
         """Returns the newest step, None if there is none."""
         return self._manager.latest_step()
 
     def best(self) -> int | None:
-        """Returns the step with the best metric, the later one of equals; None if there is none."""
-        return next(iter(self._by_metric()), None)
+        """Returns the step with the best metric, the later one of equals; None if there is none.
+
+        Where no step was evaluated it is the newest.
+        """
+        return next(iter(_by_metric(self._workdir, self._manager.all_steps())), None)
 
     def restore(
         self, step: int | None, like: State, mesh: jax.sharding.Mesh
     ) -> tuple[State, dict[str, Any]]:
         """Restores a step onto the mesh at hand, whatever devices it was saved from.
 
-        A damaged checkpoint is named in a warning and moved to `<workdir>/damaged`; the one
-        before it is used.
-
         Args:
-          step: which; None: the newest. Only the newest has one before it to fall back to.
+          step: which; None: the newest.
           like: a state of the same shapes.
           mesh: where to place it.
 
@@ -146,128 +146,51 @@ class Checkpoints:
           (state, meta).
 
         Raises:
-          InputError: no checkpoint is whole.
+          InputError: there is no such step, or it was damaged since the folder was opened.
         """
+        step = self.latest() if step is None else step
+        whole = parallel.is_main() and _is_whole(self._workdir, step)
+        if not parallel.broadcast(int(whole)):
+            raise InputError(
+                f"{self._folder} holds no whole checkpoint of step {step}. Start the same command"
+                " again: it goes on from another one."
+            )
         sharding = parallel.replicated(mesh)
         like = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like
         )
-        args = ocp.args.Composite(
-            model=ocp.args.StandardRestore({name: like[name] for name in _MODEL}),
-            progress=ocp.args.StandardRestore(
-                {name: like[name] for name in like if name not in _MODEL}
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                model=ocp.args.StandardRestore({name: like[name] for name in _MODEL}),
+                progress=ocp.args.StandardRestore(
+                    {name: like[name] for name in like if name not in _MODEL}
+                ),
+                meta=ocp.args.JsonRestore(),
             ),
-            meta=ocp.args.JsonRestore(),
         )
-        steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
-        restored, _ = self._first_whole(steps, lambda _: args)
         return {**restored["model"], **restored["progress"]}, restored["meta"]
 
-    def restore_model(self, which: str | int) -> tuple[dict[str, Any], dict[str, Any], int]:
-        """Returns (params, batch_stats and ema as numpy arrays, meta, step); see restore.
-
-        Args:
-          which: 'best', 'latest' or a step.
-        """
-        if which == "best":
-            steps = self._by_metric()
-        elif which == "latest":
-            steps = sorted(self._manager.all_steps(), reverse=True)
-        else:
-            steps = [which]
-
-        def args(step: int) -> ocp.args.Composite:
-            shapes = self._manager.item_metadata(step)["model"]
-            as_numpy = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes.tree)
-            return ocp.args.Composite(
-                model=ocp.args.StandardRestore(as_numpy), meta=ocp.args.JsonRestore()
-            )
-
-        restored, step = self._first_whole(steps, args)
-        return restored["model"], restored["meta"], step
-
-    def _by_metric(self) -> list[int]:
-        """Returns all steps, the best first; of equals the later one, which Orbax keeps."""
-
-        def key(step: int) -> tuple[float, int]:
-            return _metric(self._manager.metrics(step)), step
-
-        return sorted(self._manager.all_steps(), key=key, reverse=True)
-
-    def _first_whole(self, steps: list[int], args: Callable) -> tuple[Any, int]:
-        for step in steps:
-            fault = self._fault(step) if parallel.is_main() else None
-            if not parallel.broadcast(int(fault is not None)):
-                try:
-                    return self._manager.restore(step, args=args(step)), step
-                # Orbax's errors for damaged files share no base class. Files that were verified
-                # are not damaged: then it is another error, and no reason to lose a checkpoint.
-                except Exception as error:
-                    if self._checksums(step).exists():
-                        raise
-                    fault = f"{type(error).__name__}: {error}"
-            logging.warning(
-                "Checkpoint of step %d in %s is damaged (%s). It is moved to %s; the one before it"
-                " is used.",
-                step,
-                self._folder,
-                fault or "found by the main process",
-                self._workdir / "damaged",
-            )
-            self._set_aside(step)
-        raise InputError(
-            f"{self._folder} holds no whole checkpoint. Train again in another --workdir, or"
-            " restore the folder from a copy."
-        )
-
     def _set_aside(self, step: int) -> None:
-        self._close()
-        if parallel.is_main():
-            aside = self._workdir / "damaged"
-            aside.mkdir(exist_ok=True)
-            number = len(list(aside.iterdir()))
-            os.rename(self._folder / str(step), aside / f"{step}-{number}")
-            self._checksums(step).unlink(missing_ok=True)
-        parallel.barrier(f"set aside {step}")
-        self._open()
+        aside = self._workdir / "damaged"
+        aside.mkdir(exist_ok=True)
+        target = aside / f"{step}-{len(list(aside.iterdir()))}"
+        logging.warning("Step %d is moved to %s; the run goes on without it.", step, target)
+        os.rename(self._folder / str(step), target)
+        _checksums(self._workdir, step).unlink(missing_ok=True)
 
-    def _checksums(self, step: int | str) -> Path:
-        return self._workdir / "checksums" / f"{step}.json"
-
-    def _write_checksums(self, step: int) -> None:
-        """Waits until Orbax has renamed the step's folder, then hashes its files."""
-        if not parallel.is_main():
-            return
-        folder = self._folder / str(step)
-        while not folder.exists():
-            if not self._saving:
-                return  # saving failed; Orbax raises in the main thread
-            time.sleep(_POLL_S)
-        self._checksums(step).parent.mkdir(exist_ok=True)
-        files.write_json(self._checksums(step), _hashes(folder))
-        for old in self._checksums(step).parent.glob("*.json"):
-            if not (self._folder / old.stem).exists():
+    def _write_checksums(self) -> None:
+        """Called by Orbax on the main process, right before it gives a folder its final name."""
+        folder = _checksums(self._workdir, 0).parent
+        folder.mkdir(exist_ok=True)
+        for saved in self._folder.glob(f"*{_TEMPORARY}*"):
+            hashes = _hashes(saved)
+            hashes.pop(_TIME_STAMPED)
+            files.write_json(folder / f"{saved.name.split('.')[0]}.json", hashes)
+        current = {path.name.split(".")[0] for path in self._folder.iterdir()}
+        for old in folder.glob("*.json"):
+            if old.stem not in current:
                 old.unlink()
-
-    def _fault(self, step: int) -> str | None:
-        """Returns what is wrong with a step's files, None if they are as they were saved."""
-        if not self._checksums(step).exists():
-            logging.warning(
-                "Checkpoint of step %d has no checksums (its run was killed while it saved): it is"
-                " used unverified.",
-                step,
-            )
-            return None
-        try:
-            expected = json.loads(self._checksums(step).read_text())
-        except ValueError:
-            return f"{self._checksums(step)} is not JSON"
-        found = _hashes(self._folder / str(step))
-        missing = sorted(expected.keys() - found.keys())
-        if missing:
-            return f"{missing[0]} is missing"
-        changed = sorted(name for name in expected if found[name] != expected[name])
-        return f"{changed[0]} has changed" if changed else None
 
 
 def load_for_inference(
@@ -275,25 +198,46 @@ def load_for_inference(
 ) -> tuple[State, State, State, dict[str, Any], int]:
     """Returns (params, batch_stats, ema, meta, step) of a run as numpy arrays.
 
+    Only reads, so a run may be looked at while it trains. A damaged checkpoint is named in a
+    warning and the next in the order asked for is used.
+
     Args:
       workdir: of the run.
-      which: 'best', 'latest' or a step; a damaged one is replaced as in `Checkpoints.restore`.
+      which: 'best', 'latest' or a step.
 
     Raises:
-      InputError: there is no checkpoint.
+      InputError: there is no such checkpoint, or none that is whole.
     """
-    if not workdir.is_dir():
-        raise InputError(f"--workdir={workdir}: there is no such folder. Train first.")
-    folder = workdir / "checkpoints"
-    if not folder.is_dir() or not any(path.name.isdecimal() for path in folder.iterdir()):
-        there = ", ".join(sorted(path.name for path in workdir.iterdir())[:10]) or "nothing"
+    steps = _steps(workdir)
+    if not steps:
+        raise InputError(_nothing_there(workdir))
+    if which == "best":
+        steps = _by_metric(workdir, steps)
+    elif which != "latest":
+        if which not in steps:
+            raise InputError(
+                f"--workdir={workdir} has no checkpoint of step {which}, but of"
+                f" {', '.join(map(str, sorted(steps)))}."
+            )
+        steps = [which]
+    none = -1
+    chosen = none
+    if parallel.is_main():
+        chosen = next((step for step in steps if _is_whole(workdir, step)), none)
+    chosen = parallel.broadcast(chosen)
+    if chosen == none:
         raise InputError(
-            f"--workdir={workdir} holds no checkpoint, but {there}. Name the folder of a training"
-            " run, such as runs/resnet, or train first."
+            f"--workdir={workdir}: {'each' if len(steps) > 1 else 'this'} checkpoint is damaged;"
+            " restore it from a copy, or train again."
         )
-    with Checkpoints(workdir) as saved:
-        model, meta, step = saved.restore_model(which)
-    return model["params"], model["batch_stats"], model.get("ema") or {}, meta, step
+    folder = workdir.absolute() / "checkpoints" / str(chosen)
+    handler = ocp.PyTreeCheckpointHandler()
+    as_numpy = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(folder / "model").tree
+    )
+    model = handler.restore(folder / "model", args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    meta = ocp.JsonCheckpointHandler().restore(folder / "meta")
+    return model["params"], model["batch_stats"], model["ema"], meta, chosen
 
 
 def check_run_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
@@ -320,8 +264,56 @@ def write_run_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
         files.write_json(workdir / "config.json", configuration.to_dict(config))
 
 
-def _metric(metrics: Mapping[str, float]) -> float:
-    return metrics[METRIC]
+def _nothing_there(workdir: Path) -> str:
+    if not workdir.is_dir():
+        return f"--workdir={workdir}: there is no such folder. Train first."
+    there = ", ".join(sorted(path.name for path in workdir.iterdir())[:10]) or "nothing"
+    return (
+        f"--workdir={workdir} holds no checkpoint, but {there}. Name the folder of a training run,"
+        " such as runs/resnet, or train first."
+    )
+
+
+def _steps(workdir: Path) -> list[int]:
+    """Returns the committed steps, the newest first."""
+    folder = workdir / "checkpoints"
+    if not folder.is_dir():
+        return []
+    return sorted((int(p.name) for p in folder.iterdir() if p.name.isdecimal()), reverse=True)
+
+
+def _by_metric(workdir: Path, steps: list[int]) -> list[int]:
+    """Returns steps, the best first and the later one of equals, as Orbax keeps them."""
+
+    def key(step: int) -> tuple[float, int]:
+        try:
+            text = (workdir / "checkpoints" / str(step) / "metrics/metrics").read_text()
+            return json.loads(text)[METRIC], step
+        except (OSError, ValueError):  # damaged, which verifying it will say
+            return _NO_METRIC, step
+
+    return sorted(steps, key=key, reverse=True)
+
+
+def _checksums(workdir: Path, step: int) -> Path:
+    return workdir / "checksums" / f"{step}.json"
+
+
+def _is_whole(workdir: Path, step: int) -> bool:
+    """Returns whether a step's files are as they were saved; warns where not, or not known."""
+    checksums, folder = _checksums(workdir, step), workdir / "checkpoints" / str(step)
+    if not checksums.exists():
+        logging.warning(
+            "Checkpoint of step %d in %s has no checksums: it is used unverified.", step, folder
+        )
+        return folder.is_dir()
+    expected, found = json.loads(checksums.read_text()), _hashes(folder)
+    for name, digest in expected.items():
+        if found.get(name) != digest:
+            fault = "has changed" if name in found else "is missing"
+            logging.warning("Checkpoint of step %d is damaged: %s %s.", step, folder / name, fault)
+            return False
+    return True
 
 
 def _hashes(folder: Path) -> dict[str, str]:

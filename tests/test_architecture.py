@@ -38,7 +38,7 @@ BELOW = {
         "checkpoints",
     },
     "evaluation": {"config", "parallel", "console", "files", "data", "models", "checkpoints"},
-    "data": {"config", "parallel", "console"},
+    "data": {"config", "files", "parallel", "console"},
     "checkpoints": {"config", "files", "parallel"},
     "models": {"config"},
     "parallel": {"config"},

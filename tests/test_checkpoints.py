@@ -1,6 +1,7 @@
-"""A saved run comes back as it was, on other devices too, and a damaged checkpoint costs one step."""
+"""What was saved comes back: on other devices, after damage, after a kill; the best is kept."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,150 +15,241 @@ import optax
 import pytest
 
 from ham_jax import checkpoints, config, parallel
-from ham_jax.checkpoints import METRIC, Checkpoints
 from ham_jax.config import InputError
+
+ROOT = Path(__file__).parents[1]
+ADAMW = optax.adamw(1e-3, mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params))
+META = {"classes": ["mel", "nv"], "config": {"seed": 7, "model": {"name": "é"}}}
 
 
 def mesh_of(num_devices):
     return jax.sharding.Mesh(np.array(jax.devices()[:num_devices]), ("data",))
 
 
-def state_of(step, mesh):
-    rng = np.random.default_rng(step)
-    params = {"head": {"kernel": jnp.asarray(rng.normal(size=(64, 7)), jnp.float32)}}
-    optimizer = optax.adamw(1e-3)
-    state = {
+def state_of(step, optimizer=None, with_ema=True):
+    """Returns a state whose every value tells of which step it is."""
+    optimizer = optimizer or optax.sgd(0.1, momentum=0.9, nesterov=True)
+    params = {"conv": {"kernel": jnp.arange(24.0).reshape(2, 3, 4) + step}, "bias": jnp.ones(3)}
+    stats = {"norm": {"mean": jnp.full(3, step, jnp.float32)}}
+    _, opt_state = optimizer.update(jax.tree.map(jnp.sin, params), optimizer.init(params), params)
+    return {
         "step": jnp.int32(step),
         "params": params,
-        "batch_stats": {"norm": {"mean": jnp.asarray(rng.normal(size=3), jnp.float32)}},
-        "opt_state": optimizer.update(params, optimizer.init(params), params)[1],
-        "ema": {"params": params},
+        "batch_stats": stats,
+        "opt_state": opt_state,
+        "ema": {"params": params, "batch_stats": stats} if with_ema else {},
     }
-    return parallel.replicate(mesh, state)
 
 
-def save(workdir, metrics, mesh=None, keep=3):
-    """Saves a step for each of {step: metric or None}."""
-    with Checkpoints(workdir, keep) as saved:
-        for step, metric in metrics.items():
-            numbers = None if metric is None else {METRIC: metric}
-            saved.save(step, state_of(step, mesh or mesh_of(1)), numbers, {"name": "run"})
-            saved.wait()
+def save(workdir, values, keep=2):
+    """Saves a state at each step of {step: metric or None}."""
+    with checkpoints.Checkpoints(workdir, keep) as saved:
+        for step, value in values.items():
+            numbers = None if value is None else {checkpoints.METRIC: value, "val/log_loss": 1.0}
+            saved.save(step, parallel.replicate(mesh_of(8), state_of(step)), numbers, META)
+
+
+def kept(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
 
 def assert_equal(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 @pytest.mark.parametrize(("before", "after"), [(8, 1), (1, 8)])
-def test_a_run_moves_between_numbers_of_devices(before, after, tmp_path):
-    save(tmp_path, {4: 0.5}, mesh_of(before))
-    with Checkpoints(tmp_path) as saved:
-        state, meta = saved.restore(None, state_of(0, mesh_of(after)), mesh_of(after))
-    assert_equal(state, state_of(4, mesh_of(after)))
-    assert meta == {"name": "run"}
-    assert all(len(x.sharding.device_set) == after for x in jax.tree.leaves(state))
+@pytest.mark.parametrize(
+    ("optimizer", "with_ema"), [(optax.sgd(0.1, momentum=0.9), True), (ADAMW, False)]
+)
+def test_a_state_returns_whole_on_other_devices(before, after, optimizer, with_ema, tmp_path):
+    state = state_of(5, optimizer, with_ema)
+    with checkpoints.Checkpoints(tmp_path) as saved:
+        saved.save(5, parallel.replicate(mesh_of(before), state), None, META)
+    with checkpoints.Checkpoints(tmp_path) as saved:
+        restored, meta = saved.restore(None, jax.eval_shape(lambda: state), mesh_of(after))
+    assert_equal(restored, state)
+    assert meta == META
+    for leaf in jax.tree.leaves(restored):
+        assert leaf.sharding.device_set == set(jax.devices()[:after])
+    params, batch_stats, ema, meta, step = checkpoints.load_for_inference(tmp_path)
+    assert_equal((params, batch_stats, ema), (state["params"], state["batch_stats"], state["ema"]))
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves((params, batch_stats, ema)))
+    assert (meta, step) == (META, 5)
 
 
-def test_newest_and_best_are_kept_across_restarts(tmp_path):
-    save(tmp_path, {1: 0.5, 2: 0.9, 3: None}, keep=2)
-    save(tmp_path, {4: 0.6, 5: 0.9, 6: None, 7: 0.8}, keep=2)
-    with Checkpoints(tmp_path, 2) as saved:
-        assert saved.latest() == 7
-        assert saved.best() == 5  # the later one of equals
-        assert sorted(saved._manager.all_steps()) == [5, 6, 7]
-    assert {p.stem for p in (tmp_path / "checksums").iterdir()} == {"5", "6", "7"}
-    params, _, ema, meta, step = checkpoints.load_for_inference(tmp_path)
-    assert (step, meta) == (5, {"name": "run"})
-    assert_equal(params, state_of(5, mesh_of(1))["params"])
-    assert_equal(ema, state_of(5, mesh_of(1))["ema"])
-    assert isinstance(params["head"]["kernel"], np.ndarray)
+def test_the_newest_and_the_best_stay_also_over_a_restart(tmp_path):
+    save(tmp_path, {1: 0.5, 2: 0.9, 3: 0.7, 4: None})
+    assert kept(tmp_path) == [2, 3, 4]
+    save(tmp_path, {5: 0.8, 6: None, 7: None})
+    assert kept(tmp_path) == [2, 6, 7]
+    with checkpoints.Checkpoints(tmp_path) as saved:
+        assert (saved.best(), saved.latest()) == (2, 7)
+    assert checkpoints.load_for_inference(tmp_path, "best")[-1] == 2
     assert checkpoints.load_for_inference(tmp_path, "latest")[-1] == 7
+    assert checkpoints.load_for_inference(tmp_path, 6)[-1] == 6
+    save(tmp_path, {8: 0.9, 9: None, 10: None})  # of equals the later
+    assert kept(tmp_path) == [8, 9, 10]
+    assert checkpoints.load_for_inference(tmp_path)[-1] == 8
+
+
+def test_unevaluated_steps_come_newest_first(tmp_path):
+    save(tmp_path, {1: None, 2: None, 3: None})
+    assert kept(tmp_path) == [2, 3]
+    assert checkpoints.load_for_inference(tmp_path, "best")[-1] == 3
+
+
+def remove(file):
+    file.unlink()
+
+
+def truncate(file):
+    os.truncate(file, file.stat().st_size // 2)
 
 
 def flip(file):
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    "damage", [flip, Path.unlink, lambda file: os.truncate(file, file.stat().st_size // 2)]
-)
-def test_a_damaged_newest_is_named_and_the_one_before_is_used(damage, tmp_path, caplog):
-    save(tmp_path, {1: 0.9, 2: 0.5, 3: 0.6})
-    written = [path for path in (tmp_path / "checkpoints/3").rglob("*") if path.is_file()]
-    damage(max(written, key=lambda path: path.stat().st_size))
-    like = state_of(0, mesh_of(1))
-    with Checkpoints(tmp_path, 3) as saved:
-        state, _ = saved.restore(None, like, mesh_of(1))
-        assert_equal(state, state_of(2, mesh_of(1)))
-        saved.save(3, state_of(3, mesh_of(1)), {METRIC: 0.6}, {})  # the run goes on
-    assert "Checkpoint of step 3" in caplog.text
-    assert "is damaged" in caplog.text
-    assert [p.name for p in (tmp_path / "damaged").iterdir()] == ["3-0"]
-    with Checkpoints(tmp_path, 3) as saved:
-        assert_equal(saved.restore(None, like, mesh_of(1))[0], state_of(3, mesh_of(1)))
+@pytest.fixture(scope="module")
+def three_steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    save(folder, {1: 0.1, 2: 0.2, 3: 0.3}, keep=3)
+    return folder
 
 
-def test_a_damaged_best_falls_back_to_the_next_best(tmp_path, caplog):
-    save(tmp_path, {1: 0.7, 2: 0.9, 3: 0.6})
-    flip(next((tmp_path / "checkpoints/2/model").rglob("d/*")))
-    assert checkpoints.load_for_inference(tmp_path)[-1] == 1
-    assert "Checkpoint of step 2" in caplog.text
+@pytest.mark.parametrize("damage", [remove, truncate, flip])
+@pytest.mark.parametrize("part", ["model/d/*", "progress/manifest.ocdbt", "metrics/metrics"])
+def test_a_damaged_newest_is_named_and_the_one_before_used(
+    damage, part, three_steps, tmp_path, caplog
+):
+    run = tmp_path / "run"
+    shutil.copytree(three_steps, run)
+    file = max((run / "checkpoints/3").glob(part), key=lambda path: path.stat().st_size)
+    damage(file)
+
+    caplog.clear()
+    assert checkpoints.load_for_inference(run, "latest")[-1] == 2
+    assert "step 3 is damaged" in caplog.text
+    assert file.name in caplog.text
+    assert kept(run) == [1, 2, 3]  # inference only reads
+
+    caplog.clear()
+    with checkpoints.Checkpoints(run) as saved:
+        assert (saved.latest(), saved.best()) == (2, 2)
+        state, _ = saved.restore(None, state_of(0), mesh_of(1))
+        assert "step 3 is damaged" in caplog.text
+        assert_equal(state, state_of(2))
+        saved.save(3, state_of(3), None, META)  # the run comes by again
+    assert checkpoints.load_for_inference(run, "latest")[-1] == 3
+    assert [path.name for path in (run / "damaged").iterdir()] == ["3-0"]
 
 
-def test_with_nothing_whole_left_it_says_so(tmp_path):
-    save(tmp_path, {1: 0.9})
-    flip(next((tmp_path / "checkpoints/1/model").rglob("d/*")))
-    with pytest.raises(InputError, match="no whole checkpoint"):
-        checkpoints.load_for_inference(tmp_path)
+def test_nothing_is_said_and_nothing_moved_where_all_is_well(three_steps, caplog, capfd):
+    with checkpoints.Checkpoints(three_steps, keep=3) as saved:
+        saved.restore(None, state_of(0), mesh_of(8))
+    checkpoints.load_for_inference(three_steps)
+    assert [r.message for r in caplog.records if r.levelname != "INFO"] == []
+    assert capfd.readouterr().err == ""
+    assert not (three_steps / "damaged").exists()
 
 
-def test_a_run_killed_while_saving_keeps_the_step_before(tmp_path):
-    program = textwrap.dedent("""
-        import os, signal, sys
-        from pathlib import Path
-        sys.path.insert(0, sys.argv[2])
-        import test_checkpoints as t
-        workdir = Path(sys.argv[1])
-        t.save(workdir, {1: 0.5})
-        saved = t.Checkpoints(workdir)
-        # Commits never: what is on disk is a save in the middle.
-        os.rename = os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        Path.rename = Path.replace = os.rename
-        saved.save(2, t.state_of(2, t.mesh_of(1)), {t.METRIC: 0.6}, {})
-        saved.wait()
-    """)
-    ended = subprocess.run(
-        [sys.executable, "-c", program, tmp_path, Path(__file__).parent],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-        timeout=120,
-        check=False,
-    )
-    assert ended.returncode == -signal.SIGKILL
-    with Checkpoints(tmp_path) as saved:
-        state, _ = saved.restore(None, state_of(0, mesh_of(1)), mesh_of(1))
-    assert_equal(state, state_of(1, mesh_of(1)))
+def test_a_state_that_does_not_fit_is_no_damage(three_steps, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(three_steps, run)
+    other = state_of(0)
+    other["params"]["bias"] = jnp.ones(5)
+    with checkpoints.Checkpoints(run) as saved, pytest.raises(ValueError, match="shape"):
+        saved.restore(None, other, mesh_of(1))
+    assert kept(run) == [1, 2, 3]
 
 
-def test_a_folder_without_a_run_says_what_is_there(tmp_path):
+def test_lost_checksums_lose_no_checkpoint(three_steps, tmp_path, caplog):
+    run = tmp_path / "run"
+    shutil.copytree(three_steps / "checkpoints", run / "checkpoints")
+    with checkpoints.Checkpoints(run) as saved:
+        assert_equal(saved.restore(None, state_of(0), mesh_of(1))[0], state_of(3))
+    assert "step 3" in caplog.text
+    assert "unverified" in caplog.text
+
+
+def test_a_run_without_a_whole_checkpoint_says_so(three_steps, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(three_steps, run)
+    for file in (run / "checkpoints").rglob("_METADATA"):
+        file.unlink()
+    with pytest.raises(InputError, match="each checkpoint is damaged"):
+        checkpoints.load_for_inference(run)
+    with pytest.raises(InputError, match="every checkpoint is damaged"):
+        checkpoints.Checkpoints(run)
+    with checkpoints.Checkpoints(run) as saved:
+        assert saved.latest() is None
+        assert saved.best() is None
+
+
+KILLED = """
+    import os, signal, sys, time
+    from pathlib import Path
+    from ham_jax import checkpoints
+    sys.path.insert(0, "tests")
+    import test_checkpoints
+    workdir = Path(sys.argv[1])
+    test_checkpoints.save(workdir, {1: 0.5})
+    write = checkpoints.Checkpoints._write_checksums
+
+    def last_words(self):
+        if sys.argv[2] == "after":
+            write(self)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoints.Checkpoints._write_checksums = last_words
+    test_checkpoints.save(workdir, {2: 0.9})
+"""
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])  # the checksums, and so the renaming
+def test_a_kill_while_saving_leaves_the_step_before(moment, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), tmp_path, moment]
+    assert subprocess.run(command, cwd=ROOT, env=environment).returncode == -signal.SIGKILL
+    (unfinished,) = (tmp_path / "checkpoints").glob("2.*")
+
+    # A run that still saves looks the same: looking at it must leave it alone.
+    assert checkpoints.load_for_inference(tmp_path, "latest")[-1] == 1
+    assert unfinished.exists()
+
+    with checkpoints.Checkpoints(tmp_path) as saved:
+        assert_equal(saved.restore(None, state_of(0), mesh_of(8))[0], state_of(1))
+    assert kept(tmp_path) == [1]
+    save(tmp_path, {2: 0.9})
+    assert checkpoints.load_for_inference(tmp_path)[-1] == 2
+
+
+def test_a_folder_without_checkpoints_is_answered_with_what_it_holds(three_steps, tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         checkpoints.load_for_inference(tmp_path / "nowhere")
-    (tmp_path / "notes.txt").touch()
-    with pytest.raises(InputError, match=r"holds no checkpoint, but notes\.txt"):
+    (tmp_path / "photographs").mkdir()
+    with pytest.raises(InputError, match="but photographs"):
         checkpoints.load_for_inference(tmp_path)
+    with pytest.raises(InputError, match="no checkpoint of step 9, but of 1, 2, 3"):
+        checkpoints.load_for_inference(three_steps, 9)
 
 
-def test_the_folder_of_another_configuration_is_refused(tmp_path):
+def test_another_configuration_is_refused_with_both_values(tmp_path):
     c = config.base()
     checkpoints.check_run_config(tmp_path, c)
     checkpoints.write_run_config(tmp_path, c)
-    c.log.every_steps = 3  # changes no number
+    c.data.dir = "elsewhere"  # data may move
     checkpoints.check_run_config(tmp_path, c)
-    c.train.batch_size, c.seed = 128, 1
-    with pytest.raises(InputError) as error:
+    c.optim.learning_rate = 0.7
+    c.train.duration = {"steps": 3}
+    with pytest.raises(InputError) as refused:
         checkpoints.check_run_config(tmp_path, c)
-    assert {f.split(":")[0] for f in error.value.faults[1:]} == {"train.batch_size", "seed"}
+    first, *keys = refused.value.faults
+    assert "another --workdir" in first
+    assert sorted(keys) == [
+        "optim.learning_rate: 0.05 there, 0.7 now.",
+        "train.duration: {'epochs': 30.0} there, {'steps': 3} now.",
+    ]

@@ -20,12 +20,18 @@ class Network:
     """A network's pure functions.
 
     Attributes:
+      name: such as resnet18.
+      mean: of RGB in [0, 1], what the network subtracts from the image.
+      std: what it then divides by.
       init: seed -> (params, batch_stats), float32.
       apply: (params, batch_stats, image float32 [B, H, W, 3] in [0, 1], train) ->
         (logits float32 [B, C], new batch_stats). The network normalises the image itself, as its
         weights expect. In training BatchNorm looks at the whole global batch.
     """
 
+    name: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
     init: Callable[[int], tuple[Tree, Tree]]
     apply: Callable[[Tree, Tree, jax.Array, bool], tuple[jax.Array, Tree]]
 
@@ -68,7 +74,7 @@ def build(config: ml_collections.ConfigDict, num_classes: int) -> Network:
             batch_stats = nnx.to_pure_dict(nnx.state(net, nnx.BatchStat))
         return logits, batch_stats
 
-    return Network(init, apply)
+    return Network(config.name, resnet.MEAN, resnet.STD, init, apply)
 
 
 def _dtype(name: str) -> jnp.dtype:

@@ -17,17 +17,21 @@ from jax import lax
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
-def conv(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
+def conv(
+    x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, groups: int = 1, dilation: int = 1
+) -> jax.Array:
     """Convolves, in the form that suits the backend.
 
     Args:
       x: [B, H, W, C_in].
-      kernel: [kh, kw, C_in, C_out].
+      kernel: [kh, kw, C_in / groups, C_out].
       stride: in both directions.
       pads: zeros (above, below), (left, right).
+      groups: of channels, each convolved by itself.
+      dilation: distance between the kernel's taps, in both directions.
     """
-    if jax.default_backend() != "cpu":
-        return direct(x, kernel, stride, pads)
+    if jax.default_backend() != "cpu" or groups > 1 or dilation > 1:
+        return direct(x, kernel, stride, pads, groups, dilation)
     return conv_on_cpu(x, kernel, stride, pads)
 
 
@@ -37,14 +41,22 @@ def conv_on_cpu(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax
     if kh == kw == 1 and pads == ((0, 0), (0, 0)):
         return pointwise(x[:, ::stride, ::stride], kernel)  # weight gradient: 4 times
     if x.shape[1] < kh and x.shape[2] < kw:
-        return patches_product(x, kernel, stride, pads)  # XLA swaps the operands: 150 times
+        return patches_product(x, kernel, stride, pads)  # XLA swaps the operands: 70 times
     return direct_forward(x, kernel, stride, pads)
 
 
-def direct(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
+def direct(
+    x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, groups: int = 1, dilation: int = 1
+) -> jax.Array:
     """XLA's convolution."""
     return lax.conv_general_dilated(
-        x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x,
+        kernel,
+        (stride, stride),
+        pads,
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
     )
 
 

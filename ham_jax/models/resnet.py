@@ -18,22 +18,31 @@ DEPTHS = {
     "resnet101": (3, 4, 23, 3),
 }
 BOTTLENECK = ("resnet50", "resnet101")
+MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in [0, 1], as published weights expect
+STD = (0.229, 0.224, 0.225)
 _WIDTHS = (64, 128, 256, 512)
 
 
-class ConvNorm(nnx.Module):
-    """Convolution and BatchNorm; statistics in float32, whatever the dtype."""
+class Norm(nnx.BatchNorm):
+    """BatchNorm over the whole global batch, in float32 at least, whatever comes in and goes out.
 
-    def __init__(self, num_in, num_out, size, stride=1, *, zero=False, dtype, rngs):
-        self.conv = conv.Conv(num_in, num_out, size, stride, dtype=dtype, rngs=rngs)
+    nnx.BatchNorm told to compute in bfloat16 would round the running statistics in evaluation.
+    """
+
+    def __init__(self, num_channels, *, zero=False, dtype, rngs: nnx.Rngs):
         scale = nnx.initializers.zeros_init() if zero else nnx.initializers.ones_init()
-        self.norm = nnx.BatchNorm(
-            num_out, momentum=0.9, epsilon=1e-5, dtype=dtype, scale_init=scale, rngs=rngs
+        super().__init__(
+            num_channels,
+            momentum=0.9,
+            epsilon=1e-5,
+            dtype=jnp.promote_types(dtype, jnp.float32),
+            scale_init=scale,
+            rngs=rngs,
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, num_in] -> [B, H / stride, W / stride, num_out]."""
-        return self.norm(self.conv(x))
+        """[B, H, W, C] -> the same shape and dtype."""
+        return super().__call__(x).astype(x.dtype)
 
 
 class Shortcut(nnx.Module):
@@ -44,9 +53,8 @@ class Shortcut(nnx.Module):
 
     def __init__(self, num_in, num_out, stride, *, averaged, dtype, rngs):
         self.pool = stride if averaged else 1
-        self.project = ConvNorm(
-            num_in, num_out, 1, 1 if averaged else stride, dtype=dtype, rngs=rngs
-        )
+        self.conv = conv.Conv(num_in, num_out, 1, 1 if averaged else stride, dtype=dtype, rngs=rngs)
+        self.norm = Norm(num_out, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, num_in] -> [B, H / stride, W / stride, num_out]."""
@@ -54,7 +62,7 @@ class Shortcut(nnx.Module):
             window = (self.pool, self.pool)
             # SAME, so that odd sides round up as the block's own convolution does.
             x = nnx.avg_pool(x, window, window, "SAME", count_include_pad=False)
-        return self.project(x)
+        return self.norm(self.conv(x))
 
 
 class Block(nnx.Module):
@@ -66,13 +74,16 @@ class Block(nnx.Module):
         make = {"dtype": dtype, "rngs": rngs}
         self.num_out = width * 4 if bottleneck else width
         if bottleneck:
-            self.conv1 = ConvNorm(num_in, width, 1, **make)
-            self.conv2 = ConvNorm(width, width, 3, stride, **make)
-            self.conv3 = ConvNorm(width, self.num_out, 1, zero=zero_init, **make)
+            layers = ((1, width, 1), (3, width, stride), (1, self.num_out, 1))
         else:
-            self.conv1 = ConvNorm(num_in, width, 3, stride, **make)
-            self.conv2 = ConvNorm(width, width, 3, zero=zero_init, **make)
-            self.conv3 = None
+            layers = ((3, width, stride), (3, width, 1))
+        self.num_layers = len(layers)
+        channels = num_in
+        for number, (size, num_out, step) in enumerate(layers, 1):
+            zero = zero_init and number == len(layers)
+            setattr(self, f"conv{number}", conv.Conv(channels, num_out, size, step, **make))
+            setattr(self, f"norm{number}", Norm(num_out, zero=zero, **make))
+            channels = num_out
         self.shortcut = (
             Shortcut(num_in, self.num_out, stride, averaged=averaged, **make)
             if stride > 1 or num_in != self.num_out
@@ -82,10 +93,10 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, num_in] -> [B, H / stride, W / stride, num_out]."""
         around = x if self.shortcut is None else self.shortcut(x)
-        x = self.conv2(jax.nn.relu(self.conv1(x)))
-        if self.conv3 is not None:
-            x = self.conv3(jax.nn.relu(x))
-        return jax.nn.relu(x + around)
+        for number in range(1, self.num_layers + 1):
+            x = getattr(self, f"norm{number}")(getattr(self, f"conv{number}")(x))
+            x = jax.nn.relu(x if number < self.num_layers else x + around)
+        return x
 
 
 class Stem(nnx.Module):
@@ -96,18 +107,22 @@ class Stem(nnx.Module):
         self.pooled = kind != "small"
         self.deep = kind == "d"
         if self.deep:
-            self.conv1 = ConvNorm(3, 32, 3, 2, **make)
-            self.conv2 = ConvNorm(32, 32, 3, **make)
-            self.conv3 = ConvNorm(32, 64, 3, **make)
+            self.conv1 = conv.Conv(3, 32, 3, 2, **make)
+            self.norm1 = Norm(32, **make)
+            self.conv2 = conv.Conv(32, 32, 3, **make)
+            self.norm2 = Norm(32, **make)
+            self.conv = conv.Conv(32, 64, 3, **make)
         else:
             size, stride = (7, 2) if kind == "imagenet" else (3, 1)
-            self.conv1 = ConvNorm(3, 64, size, stride, **make)
+            self.conv = conv.Conv(3, 64, size, stride, **make)
+        self.norm = Norm(64, **make)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, 3] -> [B, H / 4 or H, W / 4 or W, 64]."""
-        x = jax.nn.relu(self.conv1(x))
         if self.deep:
-            x = jax.nn.relu(self.conv3(jax.nn.relu(self.conv2(x))))
+            x = jax.nn.relu(self.norm1(self.conv1(x)))
+            x = jax.nn.relu(self.norm2(self.conv2(x)))
+        x = jax.nn.relu(self.norm(self.conv(x)))
         return conv.max_pool(x, 3, 2, 1) if self.pooled else x
 
 
@@ -141,9 +156,6 @@ class ResNet(nnx.Module):
       rngs: for the initial weights.
     """
 
-    mean = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in [0, 1], as published weights expect
-    std = (0.229, 0.224, 0.225)
-
     def __init__(self, name, num_classes, stem, zero_init_residual, dtype, rngs: nnx.Rngs):
         self.dtype = dtype
         self.stem = Stem(stem, dtype=dtype, rngs=rngs)
@@ -166,8 +178,8 @@ class ResNet(nnx.Module):
 
     def __call__(self, image: jax.Array) -> jax.Array:
         """RGB in [0, 1], [B, H, W, 3] -> logits float32 [B, C]."""
-        x = (image - jnp.array(self.mean)) / jnp.array(self.std)
+        x = (image - jnp.array(MEAN)) / jnp.array(STD)
         x = self.stem(x.astype(self.dtype))
         for number in range(len(_WIDTHS)):
             x = getattr(self, f"stage{number + 1}")(x)
-        return self.head(x.astype(jnp.float32).mean((1, 2)))
+        return self.head(x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2)))

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from ham_jax import checkpoints, config, parallel
+from ham_jax import checkpoints, config
 from ham_jax.config import InputError
 from ham_jax.evaluation import evaluate, metrics
 from ham_jax.training import loop, telemetry
@@ -116,14 +116,6 @@ def test_eval_rebuilds_the_run_from_its_folder_to_the_last_digit(tiny, one_devic
         evaluate.run(tmp_path, "val", [("augment.crop_px", "32")], one_device)
     with pytest.raises(InputError, match="no image in split 'test'"):
         evaluate.run(tmp_path, "test", [], one_device)
-
-
-def test_saved_on_one_device_goes_on_on_eight(tiny, one_device, tmp_path):
-    with pytest.raises(loop.Preempted):
-        loop.train(tiny, tmp_path, one_device, StopAfter(2))
-    loop.train(tiny, tmp_path, parallel.mesh(), StopAfter())
-    assert final_state(tmp_path)[0] == 5
-    assert [row["step"] for row in lines(tmp_path) if "train/loss" in row] == [2, 3, 4, 5]
 
 
 def test_a_diverged_run_names_the_step_and_keeps_the_last_good_checkpoint(

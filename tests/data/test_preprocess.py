@@ -1,0 +1,64 @@
+"""What the device does to pixels is what Pillow and numpy would do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from ham_jax.data import preprocess
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (3, 36, 48, 3), np.uint8)
+
+
+@pytest.mark.parametrize("size_px", [16, 36, 50])
+def test_resample_is_pillows_bilinear_resize_of_a_box(size_px):
+    boxes = np.array([[0, 0, 36, 48], [3.3, 10.25, 20.5, 30.7], [30, 40, 4, 5]], np.float32)
+    ours = preprocess.resample(jnp.asarray(IMAGES), jnp.asarray(boxes), size_px)
+    for image, (top, left, height, width), got in zip(IMAGES, boxes, ours, strict=True):
+        box = (left, top, left + width, top + height)
+        for channel in range(3):
+            plane = Image.fromarray(image[..., channel].astype(np.float32))
+            size = (size_px, size_px)
+            expected = plane.resize(size, Image.Resampling.BILINEAR, box=box)
+            np.testing.assert_allclose(got[..., channel] * 255, expected, atol=2e-2)
+
+
+def test_central_boxes_are_centred_squares():
+    np.testing.assert_array_equal(preprocess.central_boxes(2, 36, 48, 0.5), [[9, 15, 18, 18]] * 2)
+
+
+def test_shades_of_gray_is_the_papers_formula():
+    image = RNG.uniform(0.1, 0.8, (2, 8, 8, 3)).astype(np.float32)
+    ours = preprocess.shades_of_gray(jnp.asarray(image), 6.0)
+    for got, x in zip(ours, image.astype(np.float64), strict=True):
+        light = (x**6).mean((0, 1)) ** (1 / 6)
+        light /= np.linalg.norm(light)
+        expected = np.clip(x / (light * np.sqrt(3)) * 1.0, 0, 1)
+        scale = expected.sum() / np.asarray(got).sum()
+        np.testing.assert_allclose(got * scale, expected, rtol=2e-2)
+    gray = np.repeat(RNG.uniform(0, 1, (1, 8, 8, 1)).astype(np.float32), 3, -1)
+    np.testing.assert_allclose(preprocess.shades_of_gray(jnp.asarray(gray), 6.0), gray, atol=1e-5)
+    np.testing.assert_array_equal(preprocess.shades_of_gray(image, 0), image)
+
+
+def test_dihedral_is_the_group_of_the_square():
+    square = IMAGES[:1, :36, :36]
+    views = [
+        np.asarray(preprocess.dihedral(jnp.asarray(square), jnp.int32(k)))[0] for k in range(8)
+    ]
+    turns = [np.rot90(x, n) for x in (square[0], square[0][:, ::-1]) for n in range(4)]
+    assert {view.tobytes() for view in views} == {turn.tobytes() for turn in turns}
+    np.testing.assert_array_equal(views[0], square[0])
+    np.testing.assert_array_equal(views[1], square[0][:, ::-1])
+    np.testing.assert_array_equal(views[3], square[0][::-1, ::-1])
+    each = preprocess.dihedral(jnp.asarray(np.repeat(square, 8, 0)), jnp.arange(8))
+    np.testing.assert_array_equal(each, views)
+
+
+def test_eval_view_is_a_central_crop_scaled():
+    view = jax.jit(preprocess.eval_view, static_argnums=(1, 2, 3))(
+        jnp.asarray(IMAGES), 36, 1.0, 0.0
+    )
+    np.testing.assert_allclose(view * 255, IMAGES[:, :, 6:42], atol=1e-3)

@@ -1,0 +1,51 @@
+"""The embedded default's data look like HAM10000 on disk, and can be learnt but not at a glance."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.model_selection import GroupKFold, cross_val_predict
+
+from ham_jax import CLASSES
+from ham_jax.data import ham10000, image, synthetic
+
+
+def test_the_layout_is_hams_own(tiny_raw):
+    table = pd.read_csv(tiny_raw / "HAM10000_metadata.csv")
+    assert list(table) == ["lesion_id", "image_id", "dx", "dx_type", "age", "sex", "localization"]
+    assert len(table) == 200
+    assert table.groupby("lesion_id")["dx"].nunique().max() == 1
+    assert table["lesion_id"].nunique() < 200
+    assert table.drop_duplicates("lesion_id")["dx"].value_counts()[list(CLASSES)].min() >= 7
+    assert len(ham10000.find(tiny_raw, allow_partial=True).sources) == 200
+
+
+def test_the_same_numbers_draw_the_same_files_and_are_drawn_once(tiny_raw, tmp_path):
+    assert synthetic.write(tmp_path / "a", 20, 0)
+    assert not synthetic.write(tmp_path / "a", 20, 0)
+    synthetic.write(tmp_path / "b", 20, 0)
+    a, b = (sorted((tmp_path / name).rglob("*.*")) for name in "ab")
+    assert [p.read_bytes() for p in a] == [p.read_bytes() for p in b]
+    assert synthetic.write(tmp_path / "a", 20, 1)
+    assert [p.read_bytes() for p in a] != [p.read_bytes() for p in b]
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/mine.txt").touch()
+    with pytest.raises(FileExistsError, match="other files"):
+        synthetic.write(tmp_path / "c", 20, 0)
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["mine.txt"]
+
+
+def test_mean_colours_tell_something_but_not_everything(tiny_raw):
+    raw = ham10000.find(tiny_raw, allow_partial=True)
+    pixels = np.stack([image.load(source, (24, 32)) for source in raw.sources])
+    colors = pixels[:, 6:18, 8:24].mean((1, 2)) / 255
+    answers = cross_val_predict(
+        LogisticRegression(C=100.0, max_iter=3000),
+        colors,
+        raw.table["label"],
+        groups=raw.table["lesion_id"],
+        cv=GroupKFold(4),
+    )
+    score = balanced_accuracy_score(raw.table["label"], answers)
+    assert 0.25 < score < 0.85  # chance is 0.14
