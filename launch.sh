@@ -10,7 +10,7 @@
 #
 # A run that ends with 75 (it was preempted, and saved itself) is started again. SIGTERM and Ctrl-C
 # are passed on, and so is a closed terminal; then nothing is started again.
-# Variables: PYTHON, the interpreter that makes .venv (>= 3.11); HAM_JAX_VENV, another folder for it.
+# Variables: PYTHON, the interpreter that makes .venv (>= 3.11); HAM_JAX_VENV, another such folder.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -44,9 +44,8 @@ find_python() {  # newer JAX, which needs 3.12, is faster on CPU
 
 accelerator() {  # the extra of jax that fits this machine, empty for CPU
   local driver
-  driver=$(grep -oE '[0-9]+\.[0-9.]+' /proc/driver/nvidia/version 2>/dev/null | head -n 1) ||
-    driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1) ||
-    driver=
+  driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null) ||
+    driver=$(grep -oE '[0-9]+\.[0-9.]+' /proc/driver/nvidia/version 2>/dev/null) || driver=
   if [[ "$driver" =~ ^[0-9]+ ]]; then
     if ((BASH_REMATCH[0] >= 580)); then echo cuda13; else echo cuda12; fi
   elif has_tpu; then
@@ -54,7 +53,7 @@ accelerator() {  # the extra of jax that fits this machine, empty for CPU
   fi
 }
 
-has_tpu() {  # by PCI device number, v2 to v7, as JAX itself looks; Google's network cards have others
+has_tpu() {  # by PCI device number, as JAX looks; Google's network cards have others
   local ids='0x(0027|0056|005e|0062|0063|006f|0076)'
   grep -lsx 0x1ae0 /sys/bus/pci/devices/*/vendor | sed 's/vendor$/device/' |
     xargs grep -qsxE "$ids" /dev/null || [ -n "${TPU_WORKER_HOSTNAMES:-}" ]
@@ -82,7 +81,8 @@ set_up() {
     local python; python=$(find_python)
     say "making $venv with $("$python" --version)"
     rm -f "$venv"/.installed-*
-    "$python" -m venv "$venv" || fail "this Python cannot make environments (Debian: apt install python3-venv)."
+    "$python" -m venv "$venv" ||
+      fail "this Python cannot make environments (Debian: apt install python3-venv)."
   fi
   install ham_jax requirements.txt
   if [ "${1:-}" = test ]; then install tests requirements-test.txt; fi

@@ -10,7 +10,7 @@ def get_config():
     c.data.synthetic_images = 800
     c.data.canvas = (96, 128)
     c.augment.crop_px = 64
-    c.augment.crop_scale = (0.6, 1.0)
+    c.augment.crop_scale = (0.7, 1.0)
     c.augment.color = 0.1
     c.loss.imbalance = "sqrt"
     c.optim.learning_rate = 0.05

@@ -51,10 +51,10 @@ def initialize() -> None:
 
 
 def _slurm_or_pod() -> bool:
-    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
-    return (tasks > 1 and "SLURM_PROCID" in os.environ) or (
-        "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    )
+    # Of a step, which srun starts: a batch script, too, has SLURM_NTASKS and SLURM_PROCID, but it
+    # is one process that would wait for the others for ever.
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    return tasks > 1 or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
 
 
 def _own_gpus(number: int) -> list[int] | None:

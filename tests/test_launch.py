@@ -5,6 +5,7 @@ what pip is asked for; the rest of the script is the real one.
 """
 
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -34,12 +35,15 @@ def launch(tmp_path):
     python.chmod(0o755)
     started = []
 
-    def start(program, *arguments, **environment):
+    def start(program, *arguments, command=(ROOT / "launch.sh",), pass_fds=(), **environment):
         (tmp_path / "main.py").write_text(textwrap.dedent(program))
         job = subprocess.Popen(
-            [ROOT / "launch.sh", *arguments],
+            [*command, *arguments],
             cwd=tmp_path,
-            env=os.environ | {"HAM_JAX_VENV": str(tmp_path / "venv")} | environment,
+            pass_fds=pass_fds,
+            env=os.environ
+            | {"HAM_JAX_VENV": str(tmp_path / "venv"), "TMPDIR": str(tmp_path)}
+            | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -72,7 +76,7 @@ WAITS = """
     import os, signal, sys, time
     number = os.environ.get("HAM_JAX_PROCESS_ID", "0")
     def stop(signum, frame):
-        open(f"stopped-{number}", "w").write(str(signum))
+        open(f"stopped-{number}", "w").write(str(int(signum)))
         sys.exit(75 if signum == signal.SIGTERM else 130)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
@@ -112,14 +116,50 @@ def test_a_preempted_run_is_started_again(launch, tmp_path):
     assert err.count("starting again") == 2
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_signal_is_passed_on_and_nothing_is_started_again(launch, tmp_path, number, code):
+@pytest.mark.parametrize(
+    ("number", "received", "code"),
+    [
+        (signal.SIGTERM, signal.SIGTERM, 75),
+        (signal.SIGINT, signal.SIGINT, 130),
+        (signal.SIGHUP, signal.SIGTERM, 75),  # the terminal was closed
+    ],
+)
+def test_a_signal_is_passed_on_and_nothing_is_started_again(
+    launch, tmp_path, number, received, code
+):
     job = launch(WAITS, "--mode=train")
     wait_until((tmp_path / "pid-0").exists)
     job.send_signal(number)
     assert job.wait(30) == code
-    assert (tmp_path / "stopped-0").read_text() == str(int(number))
+    assert (tmp_path / "stopped-0").read_text() == str(int(received))
     assert not alive((tmp_path / "pid-0").read_text())
+
+
+def test_ctrl_c_typed_at_a_terminal_reaches_every_process(launch, tmp_path):
+    ours, theirs = pty.openpty()
+    script = "import os, sys; os.login_tty(int(sys.argv[1])); os.execv(sys.argv[2], sys.argv[2:])"
+    start = [sys.executable, "-c", script, str(theirs), str(ROOT / "launch.sh"), "--processes=2"]
+    job = launch(WAITS, command=start, pass_fds=(theirs,))
+    wait_until(lambda: all((tmp_path / f"pid-{number}").exists() for number in range(2)))
+    os.write(ours, b"\x03")
+    assert job.wait(30) == 130
+    for number in range(2):
+        assert (tmp_path / f"stopped-{number}").read_text() == str(int(signal.SIGINT))
+        assert not alive((tmp_path / f"pid-{number}").read_text())
+    os.close(ours)
+    os.close(theirs)
+
+
+def test_what_a_crashed_run_had_started_ends_too(launch, tmp_path):
+    program = """
+        import os, signal, subprocess
+        worker = subprocess.Popen(["sleep", "600"])
+        open("worker", "w").write(str(worker.pid))
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    job = launch(program, "--mode=train")
+    assert job.wait(60) == 128 + signal.SIGKILL
+    wait_until(lambda: not alive((tmp_path / "worker").read_text()))
 
 
 def test_many_processes_are_one_job_and_none_is_left_behind(launch, tmp_path):
@@ -170,3 +210,60 @@ def test_what_cannot_run_is_refused_in_a_sentence(launch, tmp_path):
     job = launch("", "--mode=eval", PYTHON=str(old), HAM_JAX_VENV=str(tmp_path / "new"))
     assert "does not run as Python 3.11" in job.communicate(timeout=60)[1]
     assert job.returncode == 2
+
+
+def num_installations(folder):
+    log = folder / "pip.log"
+    return log.read_text().count("requirements.txt") if log.exists() else 0
+
+
+@pytest.mark.parametrize("fault", ["its Python is gone", "making it was broken off"])
+def test_a_broken_environment_is_made_anew_and_filled_anew(fault, launch, tmp_path):
+    python, stamp = tmp_path / "venv/bin/python", tmp_path / "venv/.installed-ham_jax"
+    assert launch("", "--mode=train").wait(60) == 0
+    assert (num_installations(tmp_path), stamp.exists()) == (1, True)
+    whole = tmp_path / "whole"
+    whole.write_text(python.read_text())
+    if fault == "its Python is gone":
+        python.write_text("#!/bin/sh\nexit 127\n")
+    else:  # after python, before pip
+        stamp.unlink()
+        python.write_text(whole.read_text().replace("exit 0", "exit 1"))
+    base = tmp_path / "python3"
+    base.write_text(
+        f'#!/bin/sh\nif [ "$1 $2" = "-m venv" ]; then exec cp {whole} "$3/bin/python"; fi\n'
+        f'exec {sys.executable} "$@"\n'
+    )
+    base.chmod(0o755)
+    before = num_installations(tmp_path)
+    assert launch("", "--mode=train", PYTHON=str(base)).wait(60) == 0
+    assert num_installations(tmp_path) == before + 1
+
+
+def test_an_installation_that_failed_is_done_again(launch, tmp_path):
+    python = tmp_path / "venv/bin/python"
+    works = python.read_text()
+    python.write_text(works.replace("exit 0", 'test "$3" = --version; exit'))
+    job = launch("open('ran', 'w')", "--mode=train")
+    assert "the installation failed" in job.communicate(timeout=60)[1]
+    assert (job.returncode, (tmp_path / "ran").exists()) == (2, False)
+    python.write_text(works)
+    assert launch("", "--mode=train").wait(60) == 0
+    assert num_installations(tmp_path) == 2
+
+
+def test_help_installs_nothing(launch, tmp_path):
+    out, _ = launch("", "--help", HAM_JAX_VENV=str(tmp_path / "new")).communicate(timeout=60)
+    assert "--processes N" in out
+    assert not (tmp_path / "new").exists()
+
+
+def test_gpus_are_shared_out_among_the_processes(launch, tmp_path):
+    program = "import os; print(os.environ['HAM_JAX_GPUS_PER_PROCESS'])"
+    gpus = {"JAX_PLATFORMS": "", "CUDA_VISIBLE_DEVICES": "4,5,6,7"}
+    assert launch(program, "--processes=2", **gpus).communicate(timeout=60)[0].strip() == "2"
+    refused = launch(program, "--processes=5", **gpus)
+    assert "here are 4" in refused.communicate(timeout=60)[1]
+    assert refused.returncode == 2
+    on_cpu = launch(program, "--processes=5", **gpus | {"JAX_PLATFORMS": "cpu"})
+    assert on_cpu.communicate(timeout=60)[0].strip() == "0"

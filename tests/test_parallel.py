@@ -1,12 +1,12 @@
-"""Processes join one job, share its rows, and stop together."""
+"""One mesh over all processes; a job is joined as its variables say, and stopped together."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import jax
@@ -16,98 +16,190 @@ import pytest
 from ham_jax import parallel
 from ham_jax.config import InputError
 
+ROOT = Path(__file__).parents[1]
+JOB = {
+    "HAM_JAX_NUM_PROCESSES": "2",
+    "HAM_JAX_PROCESS_ID": "1",
+    "HAM_JAX_COORDINATOR": "127.0.0.1:1",
+}
 
-def test_a_half_described_job_is_refused(monkeypatch):
-    monkeypatch.setenv("HAM_JAX_NUM_PROCESSES", "2")
-    with pytest.raises(InputError, match="HAM_JAX_PROCESS_ID, HAM_JAX_COORDINATOR"):
+
+@pytest.fixture
+def joined(monkeypatch):
+    """Returns the list of what jax.distributed.initialize was called with."""
+    for name in [*JOB, "SLURM_STEP_NUM_TASKS", "TPU_WORKER_HOSTNAMES", "HAM_JAX_GPUS_PER_PROCESS"]:
+        monkeypatch.delenv(name, raising=False)
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("variables", "call"),
+    [
+        ({}, None),
+        (JOB, (("127.0.0.1:1", 2, 1), {"local_device_ids": None})),
+        (
+            JOB | {"HAM_JAX_GPUS_PER_PROCESS": "3"},
+            (("127.0.0.1:1", 2, 1), {"local_device_ids": [3, 4, 5]}),
+        ),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, ((), {})),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),  # a batch script, without srun
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, ((), {})),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+    ],
+)
+def test_a_job_is_joined_as_its_variables_say(variables, call, joined, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    parallel.initialize()
+    assert joined == ([] if call is None else [call])
+
+
+@pytest.mark.parametrize(
+    ("variables", "answer"),
+    [
+        ({"HAM_JAX_PROCESS_ID": "1"}, "not HAM_JAX_NUM_PROCESSES, HAM_JAX_COORDINATOR"),
+        (JOB | {"HAM_JAX_COORDINATOR": ""}, "not HAM_JAX_COORDINATOR"),
+        (JOB | {"HAM_JAX_PROCESS_ID": "2"}, "must be a number below"),
+        (JOB | {"HAM_JAX_NUM_PROCESSES": "two"}, "must be a number below"),
+    ],
+)
+def test_half_a_job_is_refused(variables, answer, joined, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=answer):
         parallel.initialize()
-    monkeypatch.setenv("HAM_JAX_COORDINATOR", "127.0.0.1:1")
-    monkeypatch.setenv("HAM_JAX_PROCESS_ID", "2")
-    with pytest.raises(InputError, match="must be a number below"):
-        parallel.initialize()
+    assert joined == []
 
 
-def test_one_process_holds_all_rows_cut_over_its_devices():
+def test_rows_lie_in_order_on_the_devices():
     mesh = parallel.mesh()
+    assert mesh.devices.tolist() == sorted(jax.devices(), key=lambda device: device.id)
     assert parallel.local_rows(mesh, 16) == slice(0, 16)
-    rows = np.arange(16 * 3).reshape(16, 3)
-    array = parallel.shard(mesh, rows)
-    np.testing.assert_array_equal(array, rows)
-    assert [shard.data.shape for shard in array.addressable_shards] == [(2, 3)] * 8
-    whole = parallel.replicate(mesh, {"a": rows})["a"]
-    assert all(shard.data.shape == (16, 3) for shard in whole.addressable_shards)
+    image = np.arange(16 * 3, dtype=np.uint8).reshape(16, 3)
+    batch = parallel.shard(mesh, {"image": image})
+    for number, shard in enumerate(batch["image"].addressable_shards):
+        np.testing.assert_array_equal(shard.data, image[2 * number : 2 * number + 2])
+    whole = parallel.replicate(mesh, {"image": image})["image"]
+    assert len(whole.addressable_shards) == 8
+    for shard in whole.addressable_shards:
+        np.testing.assert_array_equal(shard.data, image)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_request_to_stop_waits_until_it_is_asked_for(number, code):
+def test_a_request_to_stop_is_kept_until_asked_for(number, code):
     before = signal.getsignal(number)
     with parallel.Preemption() as preemption:
         assert not preemption.reached(1)
         os.kill(os.getpid(), number)
         assert preemption.reached(2)
         assert preemption.exit_code == code
+        if number == signal.SIGINT:
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before
 
 
-def test_a_second_ctrl_c_interrupts_at_once():
-    with parallel.Preemption():
-        os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-
-
 WORKER = textwrap.dedent("""
-    import sys, time
+    import json, os, signal, sys, time
+    import numpy as np
     from pathlib import Path
-    from ham_jax import parallel
+    from ham_jax import checkpoints, parallel
+
     parallel.initialize()
     import jax
-    folder = Path(sys.argv[1])
-    mesh = parallel.mesh()
-    assert parallel.broadcast(jax.process_index() + 5) == 5
-    rows = parallel.local_rows(mesh, 8)
-    (folder / f"rows-{jax.process_index()}").write_text(f"{rows.start} {rows.stop}")
+    mesh, number = parallel.mesh(), jax.process_index()
+    rows = np.arange(8.0)
+    batch = parallel.shard(mesh, rows[parallel.local_rows(mesh, 8)])
+    state = {"step": np.int32(0), "params": {"w": rows}, "batch_stats": {}, "opt_state": (),
+             "ema": {}}
+    workdir = Path(sys.argv[1])
+    with checkpoints.Checkpoints(workdir) as saved:
+        for step in (1, 2):
+            saved.save(step, parallel.replicate(mesh, state), {checkpoints.METRIC: 0.5}, {})
+    if parallel.is_main():
+        (workdir / "checkpoints/2/metrics/metrics").write_text("damaged")
+    parallel.barrier("damaged")
+    seen = checkpoints.load_for_inference(workdir)[-1]
+    with checkpoints.Checkpoints(workdir) as saved:
+        restored, _ = saved.restore(None, state, mesh)
+        latest = saved.latest()
+    report = {
+        "rows": [parallel.local_rows(mesh, 8).start, parallel.local_rows(mesh, 8).stop],
+        "dot": float(jax.jit(lambda x: (x * rows).sum())(batch)),
+        "from_main": parallel.broadcast(10 + number),
+        "steps": [seen, latest],
+        "restored": np.asarray(restored["params"]["w"]).tolist(),
+    }
     with parallel.Preemption() as preemption:
-        for step in range(1, 3000):
-            time.sleep(0.02)
+        for step in range(1, 1000):
+            if number == 1 and step == 3:
+                os.kill(os.getpid(), int(sys.argv[2]))
             if preemption.reached(step):
-                (folder / f"stop-{jax.process_index()}").write_text(str(step))
-                parallel.barrier("end")
-                sys.exit(preemption.exit_code)
+                break
+            time.sleep(0.01)
+    report |= {"stopped": step, "code": preemption.exit_code}
+    (workdir / f"{number}.json").write_text(json.dumps(report))
+    parallel.barrier("the end")
 """)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_all_processes_of_a_job_stop_after_the_same_step(number, code, tmp_path):
+def test_two_processes_are_one_job(number, code, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+        coordinator = f"127.0.0.1:{s.getsockname()[1]}"
     common = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
         "JAX_NUM_CPU_DEVICES": "2",
         "HAM_JAX_NUM_PROCESSES": "2",
-        "HAM_JAX_COORDINATOR": f"127.0.0.1:{port}",
+        "HAM_JAX_COORDINATOR": coordinator,
     }
     jobs = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, tmp_path], env=common | {"HAM_JAX_PROCESS_ID": str(k)}
+            [sys.executable, "-c", WORKER, tmp_path, str(int(number))],
+            env=common | {"HAM_JAX_PROCESS_ID": str(process)},
         )
-        for k in range(2)
+        for process in range(2)
     ]
     try:
-        deadline = time.monotonic() + 60
-        while len(list(tmp_path.glob("rows-*"))) < 2 and time.monotonic() < deadline:
-            time.sleep(0.1)
-        time.sleep(0.5)
-        jobs[1].send_signal(number)  # one is asked, both stop
-        codes = [job.wait(60) for job in jobs]
+        assert [job.wait(120) for job in jobs] == [0, 0]
     finally:
         for job in jobs:
             job.kill()
-            job.wait()
-    assert codes[1] == code
-    assert codes[0] == 75
-    assert (tmp_path / "stop-0").read_text() == (tmp_path / "stop-1").read_text()
-    assert [(tmp_path / f"rows-{k}").read_text() for k in range(2)] == ["0 4", "4 8"]
-    assert jax.process_count() == 1
+    first, second = (json.loads((tmp_path / f"{process}.json").read_text()) for process in range(2))
+    assert (first.pop("rows"), second.pop("rows")) == ([0, 4], [4, 8])
+    assert second.pop("code") == code  # the one that was asked
+    assert first.pop("code") == 75
+    assert first == second
+    assert first["dot"] == sum(x * x for x in range(8))
+    assert first["from_main"] == 10
+    assert first["steps"] == [1, 1]  # the damaged one is used by neither
+    assert first["restored"] == list(range(8))
+    assert 3 <= first["stopped"] < 999
+
+
+CACHED = """
+    import jax, sys
+    from ham_jax import parallel
+    parallel.compile_cache()
+    print(jax.config.jax_compilation_cache_dir)
+    jax.jit(lambda x: x @ x + 1)(jax.numpy.ones((64, 64))).block_until_ready()
+"""
+
+
+@pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"])
+def test_programs_are_kept_on_disk_without_a_word(variable, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    environment |= {"PYTHONPATH": str(ROOT), variable: str(tmp_path)}
+    command = [sys.executable, "-c", textwrap.dedent(CACHED)]
+    folder = tmp_path / "ham_jax/xla" if variable == "XDG_CACHE_HOME" else tmp_path
+    counts = []
+    for _ in range(2):
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+        assert (ended.stdout.strip(), ended.stderr) == (str(folder), "")
+        counts.append(sum(path.name.endswith("-cache") for path in folder.iterdir()))
+    assert counts[0] == counts[1] > 0

@@ -44,7 +44,7 @@ class _Look:
     """
 
     color: tuple[float, float, float]
-    spread: float = 0.05
+    spread: float = 0.04
     irregular: float = 0.12
     sharp: float = 12.0
     network: float = 0.0
@@ -57,10 +57,10 @@ class _Look:
 
 
 _LOOKS = {
-    "akiec": _Look((0.80, 0.52, 0.47), irregular=0.15, sharp=6.0, scale=0.25, vessels=2),
-    "bcc": _Look((0.78, 0.56, 0.54), irregular=0.10, sharp=14.0, vessels=7, dots=2),
+    "akiec": _Look((0.80, 0.52, 0.47), irregular=0.15, sharp=6.0, scale=0.3, vessels=1),
+    "bcc": _Look((0.74, 0.60, 0.60), irregular=0.10, sharp=14.0, vessels=10, dots=3),
     "bkl": _Look((0.60, 0.45, 0.33), irregular=0.12, sharp=25.0, dots=12, scale=0.12),
-    "df": _Look((0.68, 0.50, 0.42), irregular=0.06, sharp=5.0, network=0.06, center=0.25),
+    "df": _Look((0.68, 0.50, 0.42), irregular=0.06, sharp=5.0, network=0.06, center=0.35),
     "mel": _Look((0.40, 0.28, 0.25), irregular=0.30, sharp=12.0, network=0.10, dots=6, veil=0.5),
     "nv": _Look((0.50, 0.35, 0.27), irregular=0.07, sharp=10.0, network=0.12),
     "vasc": _Look((0.66, 0.28, 0.34), irregular=0.12, sharp=14.0, lakes=7),
@@ -119,7 +119,7 @@ def draw(dx: str, lesion_seed: list[int], view_seed: list[int]) -> np.ndarray:
 
     # The lesion's own coordinates: turned, moved, scaled; (0, 0) its middle, 1 its border.
     turn = view.uniform(0, 2 * np.pi)
-    size = lesion.uniform(26, 42) * view.uniform(0.9, 1.1)
+    size = lesion.uniform(31, 44) * view.uniform(0.9, 1.1)
     dx_px = x - width / 2 - view.normal(0, 9)
     dy_px = y - height / 2 - view.normal(0, 7)
     u = (np.cos(turn) * dx_px + np.sin(turn) * dy_px) / size
@@ -146,7 +146,7 @@ def draw(dx: str, lesion_seed: list[int], view_seed: list[int]) -> np.ndarray:
         start, bend = lesion.uniform(-0.8, 0.8, 2), lesion.uniform(2, 5)
         line = np.abs(v - start[1] - 0.15 * np.sin(bend * (u - start[0])))
         along = np.abs(u - start[0]) < lesion.uniform(0.3, 0.7)
-        body = _over(body, np.array([0.72, 0.20, 0.22]), np.clip(1 - line / 0.05, 0, 1) * along)
+        body = _over(body, np.array([0.72, 0.20, 0.22]), np.clip(1.3 - line / 0.06, 0, 1) * along)
     if look.veil:
         (patch,) = _spots(lesion, 1, u, v, (0.35, 0.6))
         body = _over(body, np.array([0.55, 0.60, 0.70]), look.veil * patch)

@@ -34,13 +34,13 @@ class Preempted(Exception):  # noqa: N818 - not an error: the run was asked to s
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run in whole steps."""
+    """A run in steps; `eval_every` and `save_every` need not be whole."""
 
     steps_per_epoch: float
     num_steps: int
     warmup_steps: int
-    eval_every: int
-    save_every: int
+    eval_every: float
+    save_every: float
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict, num_images: int) -> "Plan":
@@ -50,17 +50,27 @@ class Plan:
             per_epoch,
             configuration.num_steps(config.train.duration, per_epoch),
             configuration.num_steps(config.optim.warmup, per_epoch),
-            configuration.num_steps(config.eval.every, per_epoch),
-            configuration.num_steps(config.checkpoint.every, per_epoch),
+            _in_steps(config.eval.every, per_epoch),
+            _in_steps(config.checkpoint.every, per_epoch),
         )
 
     def evaluates(self, done: int) -> bool:
         """Returns whether validation follows after `done` steps."""
-        return done % self.eval_every == 0 or done == self.num_steps
+        return _passes(done, self.eval_every) or done == self.num_steps
 
     def saves(self, done: int) -> bool:
         """Returns whether a checkpoint follows after `done` steps."""
-        return done % self.save_every == 0 or self.evaluates(done)
+        return _passes(done, self.save_every) or self.evaluates(done)
+
+
+def _in_steps(duration, steps_per_epoch: float) -> float:
+    ((unit, amount),) = duration.items()
+    return max(1.0, amount * steps_per_epoch if unit == "epochs" else amount)
+
+
+def _passes(done: int, every: float) -> bool:
+    """Returns whether the last step reached or passed a multiple of `every`."""
+    return done // every > (done - 1) // every
 
 
 def train(
@@ -176,7 +186,9 @@ def _steps(
                 return
             fetched = jax.device_get(unlogged)
             unlogged.clear()
-            telemetry.check_finite({number: s["loss"] for number, s in fetched.items()})
+            # A gradient that overflows ruins the weights before the loss shows it.
+            sums = {n: s["loss"] + s["grad_norm"] for n, s in fetched.items()}
+            telemetry.check_finite(sums)
             means = {
                 f"train/{name}": float(np.mean([s[name] for s in fetched.values()]))
                 for name in ("loss", "accuracy", "grad_norm")

@@ -39,8 +39,8 @@ def check_finite(losses: Mapping[int, float]) -> None:
     if bad:
         steps = f"step {bad[0]}" if len(bad) == 1 else f"steps {bad[0]} to {bad[-1]}"
         raise NonFiniteLoss(
-            f"The loss is not finite at {steps}. The last good checkpoint is kept. Lower"
-            " optim.learning_rate, lengthen optim.warmup, set optim.clip_norm=1 or use"
+            f"The loss or its gradient is not finite at {steps}. The last good checkpoint is kept."
+            " Lower optim.learning_rate, lengthen optim.warmup, set optim.clip_norm=1 or use"
             " model.dtype=float32."
         )
 
