@@ -59,10 +59,10 @@ class _Look:
 _LOOKS = {
     "akiec": _Look((0.80, 0.52, 0.47), irregular=0.15, sharp=6.0, scale=0.3, vessels=1),
     "bcc": _Look((0.74, 0.60, 0.60), irregular=0.10, sharp=14.0, vessels=10, dots=3),
-    "bkl": _Look((0.60, 0.45, 0.33), irregular=0.12, sharp=25.0, dots=12, scale=0.12),
+    "bkl": _Look((0.62, 0.48, 0.33), irregular=0.12, sharp=25.0, dots=12, scale=0.12),
     "df": _Look((0.68, 0.50, 0.42), irregular=0.06, sharp=5.0, network=0.06, center=0.35),
     "mel": _Look((0.40, 0.28, 0.25), irregular=0.30, sharp=12.0, network=0.10, dots=6, veil=0.5),
-    "nv": _Look((0.50, 0.35, 0.27), irregular=0.07, sharp=10.0, network=0.12),
+    "nv": _Look((0.50, 0.35, 0.27), irregular=0.07, sharp=10.0, network=0.17),
     "vasc": _Look((0.66, 0.28, 0.34), irregular=0.12, sharp=14.0, lakes=7),
 }
 
