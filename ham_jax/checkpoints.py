@@ -307,7 +307,11 @@ def _is_whole(workdir: Path, step: int) -> bool:
             "Checkpoint of step %d in %s has no checksums: it is used unverified.", step, folder
         )
         return folder.is_dir()
-    expected, found = json.loads(checksums.read_text()), _hashes(folder)
+    try:
+        expected, found = json.loads(checksums.read_text()), _hashes(folder)
+    except ValueError:
+        logging.warning("Checkpoint of step %d: %s is damaged.", step, checksums)
+        return False
     for name, digest in expected.items():
         if found.get(name) != digest:
             fault = "has changed" if name in found else "is missing"

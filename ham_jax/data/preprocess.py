@@ -64,8 +64,9 @@ def shades_of_gray(image: jax.Array, norm: float) -> jax.Array:
     """
     if not norm:
         return image
-    power = (jnp.maximum(image, 1e-6) ** norm).mean((1, 2), keepdims=True)
-    light = power ** (1 / norm)
+    image = jnp.maximum(image, 1e-6)  # black has no colour
+    peak = image.max((1, 2), keepdims=True)  # or the powers of a large norm would all be 0
+    light = peak * ((image / peak) ** norm).mean((1, 2), keepdims=True) ** (1 / norm)
     gain = jnp.sqrt((light**2).mean(-1, keepdims=True)) / light
     return jnp.clip(image * gain, 0.0, 1.0)
 

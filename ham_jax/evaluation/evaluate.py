@@ -224,7 +224,7 @@ def _print(numbers: dict[str, Any], workdir: Path) -> None:
     ]
     console.print_table(
         f"{numbers['split']}: {numbers['num_images']} images, {numbers['num_lesions']} lesions",
-        ["dx", "images", *columns[1:]],
+        ["dx", "images", *(c.replace("_", " ") for c in columns[1:])],
         rows,
     )
     low, high = numbers["balanced_accuracy_interval"]

@@ -43,6 +43,15 @@ def test_shades_of_gray_is_the_papers_formula():
     np.testing.assert_array_equal(preprocess.shades_of_gray(image, 0), image)
 
 
+def test_shades_of_gray_of_any_norm_is_finite():
+    """The larger the norm, the nearer it comes to the brightest pixel of each channel."""
+    image = jnp.asarray(RNG.uniform(0, 0.05, (2, 8, 8, 3)), jnp.float32).at[1].set(0.0)
+    largest = image[:1].max((1, 2), keepdims=True)
+    white = image[:1] * jnp.sqrt((largest**2).mean()) / largest
+    np.testing.assert_allclose(preprocess.shades_of_gray(image, 1e4)[:1], white, rtol=1e-2)
+    assert not preprocess.shades_of_gray(image, 1e4)[1].round(5).any()
+
+
 def test_dihedral_is_the_group_of_the_square():
     square = IMAGES[:1, :36, :36]
     views = [
