@@ -179,6 +179,16 @@ def test_lost_checksums_lose_no_checkpoint(three_steps, tmp_path, caplog):
     assert "unverified" in caplog.text
 
 
+def test_damaged_checksums_are_a_damaged_checkpoint(three_steps, tmp_path, caplog):
+    run = tmp_path / "run"
+    shutil.copytree(three_steps, run)
+    newest = max((run / "checksums").glob("*.json"), key=lambda path: int(path.stem))
+    newest.write_text(newest.read_text()[:-20])
+    with checkpoints.Checkpoints(run) as saved:
+        assert_equal(saved.restore(None, state_of(0), mesh_of(1))[0], state_of(2))
+    assert f"step 3: {newest} is damaged" in caplog.text
+
+
 def test_a_run_without_a_whole_checkpoint_says_so(three_steps, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(three_steps, run)

@@ -66,31 +66,6 @@ def make_predictor(
     return predict
 
 
-def predict_records(
-    predict: Predictor,
-    variables: Variables,
-    records: Records,
-    rows: np.ndarray,
-    batch_size: int,
-    mesh: jax.sharding.Mesh,
-) -> np.ndarray:
-    """Returns probabilities float64 [n, 7] of the given rows, each computed exactly once."""
-    batches = []
-    with console.progress("Evaluating") as progress:
-        done = 0
-        for image, count in feed.sequential(records, rows, batch_size, mesh):
-            batches.append(np.asarray(predict(variables, image))[:count])
-            done += count
-            progress(done, len(rows))
-    return normalised(np.concatenate(batches))
-
-
-def normalised(probabilities: np.ndarray) -> np.ndarray:
-    """Returns float64 rows that sum to 1, without float32's rounding."""
-    probabilities = probabilities.astype(np.float64)
-    return probabilities / probabilities.sum(-1, keepdims=True)
-
-
 def evaluate(
     predict: Predictor,
     variables: Variables,
@@ -99,10 +74,25 @@ def evaluate(
     batch_size: int,
     mesh: jax.sharding.Mesh,
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Returns (`metrics.compute`'s numbers, probabilities [n, 7]) of the given rows."""
-    probabilities = predict_records(predict, variables, records, rows, batch_size, mesh)
-    labels = records.table["label"].to_numpy()[rows]
-    return metrics.compute(labels, probabilities), probabilities
+    """Returns (`metrics.compute`'s numbers, probabilities float64 [n, 7]) of the given rows.
+
+    Each row is computed exactly once.
+    """
+    batches = []
+    with console.progress("Evaluating") as progress:
+        done = 0
+        for image, count in feed.sequential(records, rows, batch_size, mesh):
+            batches.append(np.asarray(predict(variables, image))[:count])
+            done += count
+            progress(done, len(rows))
+    probabilities = normalised(np.concatenate(batches))
+    return metrics.compute(records.table["label"].to_numpy()[rows], probabilities), probabilities
+
+
+def normalised(probabilities: np.ndarray) -> np.ndarray:
+    """Returns float64 rows that sum to 1, without float32's rounding."""
+    probabilities = probabilities.astype(np.float64)
+    return probabilities / probabilities.sum(-1, keepdims=True)
 
 
 @dataclasses.dataclass(frozen=True)
