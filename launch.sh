@@ -115,13 +115,19 @@ main() {  # as a child, so that signals can be passed on
 }
 
 run_one() {
-  local code before=-1
+  local code before=-1 lives=
   main "$@" & children=$!
-  while ((before != signals)); do  # a signal ends `wait` early
-    before=$signals
+  # A signal ends `wait` early, and so does a child that is stopped, not ended.
+  while ((before != signals)) || [ -n "$lives" ]; do
+    before=$signals lives=
     code=0; wait "$children" || code=$?
+    if kill -0 "$children" 2>/dev/null; then lives=1; pause; fi
   done
   return "$code"
+}
+
+pause() {  # in the foreground it would be the one that a Ctrl-C reaches
+  sleep 0.2 & wait $! || true
 }
 
 free_port() {
@@ -166,8 +172,7 @@ run_many() {  # run_many N FLAGS: process 0 prints here, the others into files
     done
     left=$still
     if [ -n "$deadline" ] && ((SECONDS >= deadline)); then leave_none; fi
-    # In the foreground it would be the one that a Ctrl-C reaches.
-    if [ -n "$left" ]; then sleep 0.2 & wait $! || true; fi
+    if [ -n "$left" ]; then pause; fi
   done
   if ((first && first != PREEMPTED)); then
     for number in "$logs"/*; do

@@ -21,7 +21,10 @@ from ml_collections import config_dict
 
 CHOICES = {
     "data.feed": ("auto", "stream", "resident"),
-    "model.name": ("resnet18", "resnet34", "resnet50", "resnet101"),
+    "model.name": (
+        *("resnet18", "resnet34", "resnet50", "resnet101"),
+        *("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"),
+    ),
     "model.stem": ("imagenet", "d", "small"),
     "model.dtype": ("auto", "float32", "bfloat16"),
     "loss.imbalance": (
@@ -121,9 +124,10 @@ def base() -> ml_collections.ConfigDict:
     data.num_workers = 0  # processes that decode in prepare; 0: one a core
 
     c.model = model = ml_collections.ConfigDict()
-    model.name = "resnet18"  # resnet18 | resnet34 | resnet50 | resnet101
-    model.stem = "imagenet"  # imagenet: 7x7/2 + pool | d: three 3x3 + pool | small: one 3x3
-    model.zero_init_residual = True  # each residual branch starts at zero
+    model.name = "resnet18"  # resnet18 | 34 | 50 | 101, efficientnet_lite0 | lite1 | lite2
+    # Of ResNets, imagenet: 7x7/2 + pool | d: three 3x3 + pool | small: one 3x3.
+    model.stem = "imagenet"
+    model.zero_init_residual = True  # of ResNets: each residual branch starts at zero
     model.dtype = "auto"  # compute in float32 | bfloat16; auto: bfloat16 on GPU and TPU
 
     c.augment = augment = ml_collections.ConfigDict()

@@ -135,6 +135,20 @@ def test_a_signal_is_passed_on_and_nothing_is_started_again(
     assert not alive((tmp_path / "pid-0").read_text())
 
 
+def test_a_run_that_is_held_for_a_while_goes_on(launch, tmp_path):
+    job = launch(WAITS, "--mode=train")
+    wait_until((tmp_path / "pid-0").exists)
+    pid = int((tmp_path / "pid-0").read_text())
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(1)
+    assert job.poll() is None
+    os.kill(pid, signal.SIGCONT)
+    os.kill(pid, signal.SIGTERM)  # a preemption: it is started again
+    wait_until(lambda: (tmp_path / "pid-0").read_text() != str(pid))
+    job.terminate()
+    assert job.wait(30) == 75
+
+
 def test_ctrl_c_typed_at_a_terminal_reaches_every_process(launch, tmp_path):
     ours, theirs = pty.openpty()
     script = "import os, sys; os.login_tty(int(sys.argv[1])); os.execv(sys.argv[2], sys.argv[2:])"

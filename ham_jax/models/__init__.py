@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
-from ham_jax.models import resnet
+from ham_jax.models import efficientnet, resnet
 
 Tree = dict[str, Any]
 """Nested dicts of arrays with string keys."""
@@ -38,15 +38,14 @@ class Network:
 
 def build(config: ml_collections.ConfigDict, num_classes: int) -> Network:
     """Returns the network that the section `model` names."""
+    family = efficientnet if config.name in efficientnet.SCALES else resnet
+    dtype = _dtype(config.dtype)
 
     def make(rngs: nnx.Rngs) -> nnx.Module:
+        if family is efficientnet:
+            return efficientnet.EfficientNetLite(config.name, num_classes, dtype, rngs)
         return resnet.ResNet(
-            config.name,
-            num_classes,
-            config.stem,
-            config.zero_init_residual,
-            _dtype(config.dtype),
-            rngs,
+            config.name, num_classes, config.stem, config.zero_init_residual, dtype, rngs
         )
 
     def init(seed: int) -> tuple[Tree, Tree]:
@@ -74,7 +73,7 @@ def build(config: ml_collections.ConfigDict, num_classes: int) -> Network:
             batch_stats = nnx.to_pure_dict(nnx.state(net, nnx.BatchStat))
         return logits, batch_stats
 
-    return Network(config.name, resnet.MEAN, resnet.STD, init, apply)
+    return Network(config.name, family.MEAN, family.STD, init, apply)
 
 
 def _dtype(name: str) -> jnp.dtype:

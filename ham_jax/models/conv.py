@@ -1,13 +1,18 @@
 """Convolution and pooling that are fast on every backend.
 
 On GPU and TPU they are XLA's own. XLA's CPU backend has cliffs, where the same sum written as a
-matrix product or as shifted slices is several times faster; there the form is chosen by the static
-shape. Every form computes the same sums.
+matrix product or as shifted slices is many times faster. There a convolution, its input gradient
+and its weight gradient each take the form that `choose` picks by the static shape;
+`python -m ham_jax.benchmark conv` times every form and shows where the choice is not the fastest.
+Every form computes the same sums.
 
-Images are [B, H, W, C], kernels [kh, kw, C_in, C_out].
+Images are [B, H, W, C], kernels [kh, kw, C_in / groups, C_out].
 """
 
+import contextlib
 import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +21,50 @@ from jax import lax
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
-_FEW_PIXELS = 16  # of a map, up to which a convolution is a product of patches
-_WIDE = 16  # channels from which a matrix product a tap keeps a core busy
+_stock = False
+
+
+class Geometry(NamedTuple):
+    """How a kernel moves over a map.
+
+    Attributes:
+      stride: in both directions.
+      pads: zeros (above, below), (left, right).
+      groups: of channels, each convolved by itself.
+      dilation: distance between the kernel's taps, in both directions.
+    """
+
+    stride: int
+    pads: Pads
+    groups: int = 1
+    dilation: int = 1
+
+
+class Forms(NamedTuple):
+    """The forms of a convolution and its gradients: keys of FORWARD, INPUT and WEIGHT."""
+
+    forward: str
+    input: str
+    weight: str
+
+
+def choose(x: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> Forms:
+    """Returns the fastest forms on CPU for shapes x [B, H, W, C_in] and kernel."""
+    stride, pads, groups, dilation = geometry
+    kh, kw, _, num_out = kernel
+    height = (x[1] + sum(pads[0]) - kh) // stride + 1
+    width = (x[2] + sum(pads[1]) - kw) // stride + 1
+    depthwise = groups == x[-1] == num_out
+    if dilation > 1 or (groups > 1 and not depthwise):
+        return Forms("direct", "direct", "direct")
+    if depthwise:
+        return Forms("shifted", "shifted", "scanned")
+    if kh == kw == 1 and pads == ((0, 0), (0, 0)):
+        return Forms("product", "product", "product")
+    if height * width <= 16 or (x[1] < kh and x[2] < kw):
+        return Forms("patches", "patches", "patches")
+    input_form = "patches" if height < kh and width < kw else "direct"
+    return Forms("direct", input_form, "taps" if x[-1] >= 16 else "patches")
 
 
 def conv(
@@ -33,27 +80,53 @@ def conv(
       groups: of channels, each convolved by itself.
       dilation: distance between the kernel's taps, in both directions.
     """
-    if jax.default_backend() != "cpu" or groups > 1 or dilation > 1:
-        return direct(x, kernel, stride, pads, groups, dilation)
-    return conv_on_cpu(x, kernel, stride, pads)
+    geometry = Geometry(stride, pads, groups, dilation)
+    if not _on_cpu():
+        return direct(x, kernel, geometry)
+    return in_forms(x, kernel, geometry, choose(x.shape, kernel.shape, geometry))
 
 
-def conv_on_cpu(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
-    """Chooses the form; the measured cliffs are named beside each rule."""
-    kh, kw = kernel.shape[:2]
-    if kh == kw == 1 and pads == ((0, 0), (0, 0)):
-        return pointwise(x[:, ::stride, ::stride], kernel)  # weight gradient: 4 times
-    if x.shape[1] < kh and x.shape[2] < kw:
-        return patches_product(x, kernel, stride, pads)  # XLA swaps the operands: 70 times
-    if (x.shape[1] // stride) * (x.shape[2] // stride) <= _FEW_PIXELS:
-        return patches_product(x, kernel, stride, pads)  # a step of ResNet-18 at 64 px: 1.2 times
-    return direct_forward(x, kernel, stride, pads)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def in_forms(x: jax.Array, kernel: jax.Array, geometry: Geometry, forms: Forms) -> jax.Array:
+    """Convolves and differentiates in the given forms."""
+    return FORWARD[forms.forward](x, kernel, geometry)
 
 
-def direct(
-    x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, groups: int = 1, dilation: int = 1
-) -> jax.Array:
+def _forward(x, kernel, geometry, forms):
+    return in_forms(x, kernel, geometry, forms), (x, kernel)
+
+
+def _backward(geometry, forms, saved, dy):
+    x, kernel = saved
+    dx = INPUT[forms.input](x, kernel, geometry, dy)
+    dk = WEIGHT[forms.weight](x, kernel, geometry, dy)
+    return dx, dk
+
+
+in_forms.defvjp(_forward, _backward)
+
+
+@contextlib.contextmanager
+def stock() -> Iterator[None]:
+    """Within it, what is traced uses XLA's own forms on CPU too: the other side of a benchmark."""
+    global _stock
+    _stock = True
+    try:
+        yield
+    finally:
+        _stock = False
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu" and not _stock
+
+
+# Forms of the forward pass: (x, kernel, geometry) -> y.
+
+
+def direct(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     """XLA's convolution."""
+    stride, pads, groups, dilation = geometry
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -65,50 +138,145 @@ def direct(
     )
 
 
-def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def product(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     """A 1x1 convolution as one matrix product."""
-    product = x.reshape(-1, x.shape[-1]) @ kernel[0, 0]
-    return product.reshape(*x.shape[:-1], kernel.shape[-1])
+    x = x[:, :: geometry.stride, :: geometry.stride]
+    y = x.reshape(-1, x.shape[-1]) @ kernel[0, 0]
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def patches_product(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
+def patches(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     """All patches side by side, times the kernel as a matrix; kh * kw times the memory of x."""
-    patches = jnp.concatenate(_taps(x, kernel.shape[:2], stride, pads), -1)
-    product = patches.reshape(-1, patches.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1])
-    return product.reshape(*patches.shape[:-1], kernel.shape[-1])
+    side_by_side = jnp.concatenate(_taps(x, kernel.shape, geometry), -1)
+    y = side_by_side.reshape(-1, side_by_side.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1])
+    return y.reshape(*side_by_side.shape[:-1], kernel.shape[-1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def direct_forward(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
-    """XLA's convolution, with gradients as matrix products where that is faster.
+def shifted(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    """A depthwise convolution as a sum of shifted slices, one loop over the output."""
+    weights = kernel.reshape(-1, kernel.shape[-1])
+    taps = _taps(x, kernel.shape, geometry)
+    return functools.reduce(jnp.add, [t * w for t, w in zip(taps, weights, strict=True)])
 
-    The weight gradient always is; the input gradient where the output is smaller than the kernel,
-    for there XLA's meets the cliff of `conv_on_cpu`'s second rule.
+
+# Forms of the gradients: (x, kernel, geometry, dy) -> dx or dk.
+
+
+def _input_by(form, x, kernel, geometry, dy):
+    """By XLA's differentiation of a forward form."""
+    return jax.vjp(lambda x: form(x, kernel, geometry), x)[1](dy)[0]
+
+
+def _weight_by(form, x, kernel, geometry, dy):
+    return jax.vjp(lambda kernel: form(x, kernel, geometry), kernel)[1](dy)[0]
+
+
+def _input_by_phase(form, x, kernel, geometry, dy):
+    """The pixels of x that lie alike to the stride: each kind is a convolution of dy, no stride.
+
+    Pixel stride * q + a of x meets tap i of the kernel in output (stride * q + a + low - i) /
+    stride, so a phase sees every stride-th tap, in reverse.
     """
-    return direct(x, kernel, stride, pads)
+    stride, pads = geometry.stride, geometry.pads
+    kernel = kernel if geometry.groups > 1 else kernel.swapaxes(2, 3)
+    size = [-(-length // stride) for length in x.shape[1:3]]
+
+    def phase(*at):
+        taps, around = [], []
+        for axis, a in enumerate(at):
+            first = (a + pads[axis][0]) % stride
+            num_taps = len(range(first, kernel.shape[axis], stride))
+            if not num_taps:
+                return jnp.zeros((len(x), *size, x.shape[-1]), dy.dtype)
+            before = num_taps - 1 - (a + pads[axis][0]) // stride
+            after = size[axis] + num_taps - 1 - dy.shape[axis + 1] - before
+            taps.append(slice(first, None, stride))
+            around.append((before, after))
+        part = kernel[taps[0], taps[1]][::-1, ::-1]
+        padded = lax.pad(
+            dy, jnp.zeros((), dy.dtype), [(0, 0, 0), *((*pair, 0) for pair in around), (0, 0, 0)]
+        )
+        return form(padded, part, Geometry(1, ((0, 0), (0, 0)), geometry.groups))
+
+    if stride == 1:
+        return phase(0, 0)
+    rows = [jnp.stack([phase(a, b) for b in range(stride)], 3) for a in range(stride)]
+    whole = jnp.stack(rows, 2)  # [B, H', stride, W', stride, C]
+    whole = whole.reshape(len(x), size[0] * stride, size[1] * stride, x.shape[-1])
+    return whole[:, : x.shape[1], : x.shape[2]]
 
 
-def _forward(x, kernel, stride, pads):
-    return direct(x, kernel, stride, pads), (x, kernel)
-
-
-def _backward(stride, pads, saved, dy):
-    x, kernel = saved
-    kh, kw = kernel.shape[:2]
-    small = dy.shape[1] < kh and dy.shape[2] < kw
-    form = patches_product if small else direct
-    (dx,) = jax.vjp(lambda x: form(x, kernel, stride, pads), x)[1](dy)
+def _weight_by_taps(x, kernel, geometry, dy):
+    """A matrix product a tap; the patches need not be laid side by side."""
     dy = dy.reshape(-1, dy.shape[-1])
-    taps = _taps(x, (kh, kw), stride, pads)
-    if x.shape[-1] >= _WIDE:  # a product a tap; the patches need not be laid side by side
-        dk = jnp.stack([tap.reshape(-1, tap.shape[-1]).T @ dy for tap in taps])
-    else:
-        patches = jnp.concatenate(taps, -1)
-        dk = patches.reshape(-1, patches.shape[-1]).T @ dy
-    return dx, dk.reshape(kernel.shape)
+    taps = _taps(x, kernel.shape, geometry)
+    return jnp.stack([t.reshape(-1, t.shape[-1]).T @ dy for t in taps]).reshape(kernel.shape)
 
 
-direct_forward.defvjp(_forward, _backward)
+def _weight_scanned(x, kernel, geometry, dy):
+    """Of a depthwise convolution: image by image, so that nine passes over it find it in cache."""
+
+    def add(total, image_and_dy):
+        image, dy = image_and_dy
+        taps = _taps(image[None], kernel.shape, geometry)
+        return total + jnp.stack([(t[0] * dy).sum((0, 1)) for t in taps]), None
+
+    start = jnp.zeros((kernel.shape[0] * kernel.shape[1], kernel.shape[-1]), dy.dtype)
+    return lax.scan(add, start, (x, dy))[0].reshape(kernel.shape)
+
+
+Forward = Callable[[jax.Array, jax.Array, Geometry], jax.Array]
+Gradient = Callable[[jax.Array, jax.Array, Geometry, jax.Array], jax.Array]
+
+FORWARD: dict[str, Forward] = {
+    "direct": direct,
+    "product": product,
+    "patches": patches,
+    "shifted": shifted,
+}
+INPUT: dict[str, Gradient] = {
+    "direct": functools.partial(_input_by, direct),
+    "product": functools.partial(_input_by, product),
+    "patches": functools.partial(_input_by, patches),
+    "phases": functools.partial(_input_by_phase, direct),
+    "shifted": functools.partial(_input_by_phase, shifted),
+}
+WEIGHT: dict[str, Gradient] = {
+    "direct": functools.partial(_weight_by, direct),
+    "product": functools.partial(_weight_by, product),
+    "patches": functools.partial(_weight_by, patches),
+    "taps": _weight_by_taps,
+    "scanned": _weight_scanned,
+}
+
+
+def fitting(
+    x: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry
+) -> tuple[list[str], list[str], list[str]]:
+    """Returns the names of all forms that compute a convolution and its two gradients."""
+    stride, pads, groups, dilation = geometry
+    if dilation > 1 or (groups > 1 and not groups == x[-1] == kernel[-1]):
+        return ["direct"], ["direct"], ["direct"]
+    if groups > 1:
+        return ["direct", "shifted"], ["direct", "shifted"], ["direct", "scanned"]
+    if kernel[:2] == (1, 1) and pads == ((0, 0), (0, 0)):
+        return ["direct", "product"], ["direct", "product"], ["direct", "product"]
+    by_input = ["direct", "patches"] + (["phases"] if stride > 1 else [])
+    return ["direct", "patches"], by_input, ["direct", "patches", "taps"]
+
+
+def _taps(x: jax.Array, kernel: tuple[int, ...], geometry: Geometry) -> list[jax.Array]:
+    """Returns each output pixel's inputs, kh * kw times [B, H', W', C], in the kernel's order."""
+    kh, kw = kernel[:2]
+    stride = geometry.stride
+    x = jnp.pad(x, ((0, 0), *geometry.pads, (0, 0)))
+    height = (x.shape[1] - kh) // stride * stride + 1
+    width = (x.shape[2] - kw) // stride * stride + 1
+    return [
+        x[:, top : top + height : stride, left : left + width : stride]
+        for top in range(kh)
+        for left in range(kw)
+    ]
 
 
 def max_pool(x: jax.Array, size: int, stride: int, padding: int) -> jax.Array:
@@ -117,7 +285,7 @@ def max_pool(x: jax.Array, size: int, stride: int, padding: int) -> jax.Array:
     On CPU as the maximum of shifted slices, rows first, then columns: the gradient of XLA's
     windowed maximum is slow there. Where values tie, the gradient is shared out between them.
     """
-    if jax.default_backend() != "cpu":
+    if not _on_cpu():
         return nnx.max_pool(x, (size, size), (stride, stride), ((padding, padding),) * 2)
     pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     x = jnp.pad(x, pads, constant_values=-jnp.inf)
@@ -128,39 +296,47 @@ def max_pool(x: jax.Array, size: int, stride: int, padding: int) -> jax.Array:
     return x
 
 
-def _taps(x: jax.Array, window: tuple[int, int], stride: int, pads: Pads) -> list[jax.Array]:
-    """Returns each output pixel's inputs, kh * kw times [B, H', W', C], in the kernel's order."""
-    kh, kw = window
-    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    height = (x.shape[1] - kh) // stride * stride + 1
-    width = (x.shape[2] - kw) // stride * stride + 1
-    return [
-        x[:, top : top + height : stride, left : left + width : stride]
-        for top in range(kh)
-        for left in range(kw)
-    ]
-
-
 class Conv(nnx.Module):
-    """A convolution without bias, zero-padded by half its kernel.
+    """A convolution without bias.
 
     Args:
       num_in: channels in.
       num_out: channels out.
       size: of the square kernel, odd.
       stride: in both directions.
+      depthwise: each channel by itself; num_out equals num_in.
+      same: pad as TensorFlow does, the odd zero below and to the right, so that a strided kernel
+        over an even side starts at its first pixel; else by half the kernel on each side.
       dtype: to compute in; the kernel is kept in float32.
       rngs: for He initialisation (fan out, as for ResNets: He et al., ICCV 2015).
     """
 
-    def __init__(self, num_in, num_out, size, stride=1, *, dtype, rngs: nnx.Rngs):
-        init = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-        self.kernel = nnx.Param(init(rngs.params(), (size, size, num_in, num_out), jnp.float32))
-        self.stride = stride
-        self.pads = ((size // 2, size // 2),) * 2
-        self.dtype = dtype
+    def __init__(
+        self,
+        num_in: int,
+        num_out: int,
+        size: int,
+        stride: int = 1,
+        *,
+        depthwise: bool = False,
+        same: bool = False,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        # Each depthwise channel feeds one channel only.
+        axes = {"in_axis": -2, "out_axis": -2, "batch_axis": -1} if depthwise else {}
+        init = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal", **axes)
+        shape = (size, size, 1 if depthwise else num_in, num_out)
+        self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32))
+        self.size, self.stride, self.same, self.dtype = size, stride, same, dtype
+        self.groups = num_in if depthwise else 1
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, num_in] -> [B, H / stride, W / stride, num_out]."""
+        """[B, H, W, num_in] -> [B, H / stride, W / stride, num_out], rounded up."""
+        window, strides = (self.size, self.size), (self.stride, self.stride)
+        if self.same:
+            pads = tuple(lax.padtype_to_pads(x.shape[1:3], window, strides, "SAME"))
+        else:
+            pads = ((self.size // 2, self.size // 2),) * 2
         kernel = self.kernel[...].astype(self.dtype)
-        return conv(x.astype(self.dtype), kernel, self.stride, self.pads)
+        return conv(x.astype(self.dtype), kernel, self.stride, pads, self.groups)

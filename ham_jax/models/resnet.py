@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ham_jax.models import conv
+from ham_jax.models.norm import Norm
 
 DEPTHS = {
     "resnet18": (2, 2, 2, 2),
@@ -21,28 +22,6 @@ BOTTLENECK = ("resnet50", "resnet101")
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in [0, 1], as published weights expect
 STD = (0.229, 0.224, 0.225)
 _WIDTHS = (64, 128, 256, 512)
-
-
-class Norm(nnx.BatchNorm):
-    """BatchNorm over the whole global batch, in float32 at least, whatever comes in and goes out.
-
-    nnx.BatchNorm told to compute in bfloat16 would round the running statistics in evaluation.
-    """
-
-    def __init__(self, num_channels, *, zero=False, dtype, rngs: nnx.Rngs):
-        scale = nnx.initializers.zeros_init() if zero else nnx.initializers.ones_init()
-        super().__init__(
-            num_channels,
-            momentum=0.9,
-            epsilon=1e-5,
-            dtype=jnp.promote_types(dtype, jnp.float32),
-            scale_init=scale,
-            rngs=rngs,
-        )
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> the same shape and dtype."""
-        return super().__call__(x).astype(x.dtype)
 
 
 class Shortcut(nnx.Module):

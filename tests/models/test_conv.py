@@ -4,62 +4,111 @@ import numpy as np
 from flax import nnx
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from jax import lax
 
 from ham_jax.models import conv
 
-SIDE = st.integers(1, 9)
 PAD = st.integers(0, 3)
 
 
 def close(got, expected, scale=1e-5):
     """Within `scale` of the largest expected magnitude."""
     expected = np.asarray(expected)
+    assert got.shape == expected.shape
     np.testing.assert_allclose(got, expected, rtol=0, atol=scale * np.abs(expected).max())
 
 
-def value_and_gradients(form, x, kernel, dy):
-    y, pull = jax.vjp(form, x, kernel)
-    return y, *pull(dy)
-
-
-@settings(max_examples=12, deadline=None)
-@given(SIDE, SIDE, st.sampled_from([(1, 1), (3, 3), (2, 3), (7, 7)]), st.integers(1, 3), PAD, PAD)
-@example(2, 2, (3, 3), 1, 1, 1)  # the kernel is larger than the map
-@example(4, 4, (3, 3), 2, 1, 1)  # it is larger than the output only
-@example(8, 6, (3, 3), 1, 1, 1)  # larger than neither
-@example(7, 5, (1, 1), 2, 0, 0)  # one matrix product
-def test_cpu_forms_equal_xlas_convolution_and_its_gradients(height, width, size, stride, low, high):
-    assume(height + low + high >= size[0] and width + low + high >= size[1])
+def problem(shape, size, geometry):
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(2, height, width, 5)).astype(np.float32)
-    kernel = rng.normal(size=(*size, 5, 4)).astype(np.float32)
-    pads = ((low, high), (low, high))
+    groups = geometry.groups
+    x = rng.normal(size=(2, *shape, 4)).astype(np.float32)
+    kernel = rng.normal(size=(*size, 4 // groups, 4 if groups > 1 else 6)).astype(np.float32)
+    return x, kernel, geometry
+
+
+@st.composite
+def problems(draw):
+    side, size = st.integers(1, 9), draw(st.sampled_from([(1, 1), (3, 3), (2, 3), (5, 5)]))
+    geometry = conv.Geometry(
+        draw(st.integers(1, 3)),
+        ((draw(PAD), draw(PAD)), (draw(PAD), draw(PAD))),
+        draw(st.sampled_from([1, 1, 2, 4])),
+        draw(st.sampled_from([1, 1, 2])),
+    )
+    shape = draw(side), draw(side)
+    reach = [(k - 1) * geometry.dilation + 1 for k in size]
+    assume(all(n + sum(p) >= r for n, p, r in zip(shape, geometry.pads, reach, strict=True)))
+    return problem(shape, size, geometry)
+
+
+@settings(max_examples=25, deadline=None)
+@given(problems())
+@example(problem((2, 2), (3, 3), conv.Geometry(1, ((1, 1), (1, 1)))))  # a kernel over all the map
+@example(problem((8, 6), (3, 3), conv.Geometry(2, ((0, 1), (0, 1)))))
+@example(problem((7, 5), (1, 1), conv.Geometry(2, ((0, 0), (0, 0)))))
+@example(problem((8, 6), (5, 5), conv.Geometry(2, ((1, 2), (1, 2)), 4)))
+@example(problem((9, 9), (2, 3), conv.Geometry(3, ((0, 0), (3, 0)), 4)))
+def test_every_form_equals_xlas_convolution_and_its_gradients(given):
+    x, kernel, geometry = given
+    forward, by_input, weight = conv.fitting(x.shape, kernel.shape, geometry)
+    chosen = conv.choose(x.shape, kernel.shape, geometry)
+    assert chosen.forward in forward
+    assert chosen.input in by_input
+    assert chosen.weight in weight
 
     @jax.jit
-    def both(x, kernel):
-        y = conv.direct(x, kernel, stride, pads)
+    def all_forms(x, kernel):
+        y, pull = jax.vjp(lambda x, kernel: conv.direct(x, kernel, geometry), x, kernel)
         dy = jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
-        return [
-            value_and_gradients(lambda x, k, form=form: form(x, k, stride, pads), x, kernel, dy)
-            for form in (conv.conv_on_cpu, conv.direct)
+        forms = [
+            {name: conv.FORWARD[name](x, kernel, geometry) for name in forward},
+            {name: conv.INPUT[name](x, kernel, geometry, dy) for name in by_input},
+            {name: conv.WEIGHT[name](x, kernel, geometry, dy) for name in weight},
         ]
+        by_default, pull_default = jax.vjp(lambda x, k: conv.conv(x, k, *geometry), x, kernel)
+        return (y, *pull(dy)), forms, (by_default, *pull_default(dy))
 
-    for got, expected in zip(*both(x, kernel), strict=True):
-        close(got, expected)
+    expected, forms, defaults = all_forms(x, kernel)
+    for truth, by_form, by_default in zip(expected, forms, defaults, strict=True):
+        close(by_default, truth)
+        for got in by_form.values():
+            close(got, truth)
 
 
-def test_groups_are_convolutions_side_by_side_and_dilation_spreads_the_taps():
+def test_xlas_convolution_equals_numpy_with_groups_and_dilation():
     rng = np.random.default_rng(1)
-    x = rng.normal(size=(2, 2, 2, 4)).astype(np.float32)
-    kernel = rng.normal(size=(3, 3, 2, 6)).astype(np.float32)
-    pads = ((2, 2), (2, 2))
-    spread = np.zeros((5, 5, 2, 6), np.float32)
-    spread[::2, ::2] = kernel
-    halves = [
-        conv.direct(x[..., :2], spread[..., :3], 1, pads),
-        conv.direct(x[..., 2:], spread[..., 3:], 1, pads),
-    ]
-    close(conv.conv(x, kernel, 1, pads, groups=2, dilation=2), np.concatenate(halves, -1))
+    x = rng.normal(size=(2, 4, 3, 4))
+    kernel = rng.normal(size=(3, 3, 2, 6))
+    padded = np.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    expected = np.zeros((2, 4, 3, 6))
+    for i, j in np.ndindex(3, 3):
+        tap = padded[:, 2 * i : 2 * i + 4, 2 * j : 2 * j + 3]
+        expected[..., :3] += tap[..., :2] @ kernel[i, j, :, :3]
+        expected[..., 3:] += tap[..., 2:] @ kernel[i, j, :, 3:]
+    geometry = conv.Geometry(1, ((2, 2), (2, 2)), groups=2, dilation=2)
+    x, kernel = x.astype(np.float32), kernel.astype(np.float32)
+    close(conv.direct(x, kernel, geometry), expected.astype(np.float32))
+
+
+def test_same_padding_is_tensorflows():
+    x = np.random.default_rng(3).normal(size=(1, 8, 7, 4)).astype(np.float32)
+    layer = conv.Conv(4, 6, 5, 2, same=True, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    expected = lax.conv_general_dilated(
+        x, layer.kernel[...], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    close(layer(x), expected)
+
+
+def test_stock_is_xlas_own_convolution_on_cpu_too():
+    x, kernel = jnp.zeros((1, 4, 4, 8)), jnp.zeros((3, 3, 1, 8))
+
+    def traced():
+        apply = lambda x, k: conv.conv(x, k, 1, ((1, 1), (1, 1)), groups=8)  # noqa: E731
+        return str(jax.make_jaxpr(apply)(x, kernel))
+
+    with conv.stock():
+        assert "conv_general_dilated" in traced()
+    assert "conv_general_dilated" not in traced()
 
 
 def test_max_pool_equals_xlas_and_shares_a_tied_gradient():
@@ -84,3 +133,6 @@ def test_kernel_starts_with_he_variance_of_fan_out():
     kernel = conv.Conv(32, 64, 3, dtype=jnp.float32, rngs=nnx.Rngs(0)).kernel[...]
     assert kernel.shape == (3, 3, 32, 64)
     np.testing.assert_allclose(kernel.std(), np.sqrt(2 / (9 * 64)), rtol=0.02)
+    each = conv.Conv(640, 640, 5, depthwise=True, dtype=jnp.float32, rngs=nnx.Rngs(0)).kernel[...]
+    assert each.shape == (5, 5, 1, 640)
+    np.testing.assert_allclose(each.std(), np.sqrt(2 / 25), rtol=0.02)

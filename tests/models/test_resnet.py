@@ -9,6 +9,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ham_jax import config, models
 from ham_jax.models import resnet
+from ham_jax.models.norm import Norm
 
 
 @functools.cache
@@ -122,7 +123,7 @@ def test_bottleneck_block_equals_numpy(averaged):
 
 
 def test_bfloat16_evaluation_keeps_the_statistics_in_float32():
-    norm = resnet.Norm(1, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    norm = Norm(1, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     norm.mean[...] = jnp.array([1000.3])  # the nearest bfloat16 is 1000
     out = nnx.view(norm, use_running_average=True)(jnp.full((1, 1, 1, 1), 1000, jnp.bfloat16))
     assert out.dtype == jnp.bfloat16

@@ -1,0 +1,473 @@
+"""Speed, measured side by side in one run, as a table and as JSON.
+
+python -m ham_jax.benchmark step      # a training step: ours, stock Flax, PyTorch where installed
+python -m ham_jax.benchmark conv      # each form of each convolution: is the rule still right?
+python -m ham_jax.benchmark feed --data=data/ham10000   # batches without a model
+python -m ham_jax.benchmark startup   # seconds from the command to the first step
+
+Absolute times differ from hour to hour on a shared machine. So the contestants take turns, each
+round compares them within seconds, and the ratio given is the median of the rounds' ratios.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from absl import app, flags
+
+from ham_jax import config as configuration
+from ham_jax import console, files
+
+_WORK = flags.DEFINE_multi_string(
+    "work", None, "step, conv: model:pixels:batch, such as resnet18:128:32; may be repeated."
+)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each contestant has its turn.", 1)
+_SECONDS = flags.DEFINE_float("seconds", 2.0, "How long a turn takes, about.", 0.01)
+_TORCH = flags.DEFINE_string(
+    "torch_python",
+    sys.executable,
+    "A Python that has torch, torchvision, efficientnet-lite-pytorch.",
+)
+_DATA = flags.DEFINE_string(
+    "data", None, "feed: photographs and metadata; default: the demonstration's synthetic lesions."
+)
+_ORIGINALS = flags.DEFINE_string(
+    "originals", None, "feed: a folder of photographs for those who decode; default: --data."
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "The JSON to write; default: runs/benchmark/<what>.json."
+)
+_CONTESTANT = flags.DEFINE_string("contestant", None, "Internal: run as a worker of `step`.")
+
+_ON_CPU = ("resnet18:64:32", "efficientnet_lite0:128:32", "resnet18:128:32", "resnet50:224:8")
+_ON_ACCELERATOR = ("resnet50:224:256", "efficientnet_lite0:224:256")
+_PEERS = Path(__file__).parents[1] / "benchmarks" / "peers"
+
+
+class Contestant:
+    """A process of its own that does work when it is told to, and waits meanwhile.
+
+    Attributes:
+      name: of the column.
+      about: what it said of itself when it was warm.
+    """
+
+    def __init__(self, name: str, command: Sequence[str]):
+        self.name = name
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.about = self._answer()
+
+    def __enter__(self) -> "Contestant":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+    def work(self, amount: int) -> Any:
+        """Has it do so much and returns its answer."""
+        self._process.stdin.write(f"{amount}\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended with {self._process.wait()}; see above.")
+        return json.loads(line)
+
+
+def rounds(turns: Mapping[str, Callable[[], float]], progress) -> dict[str, list[float]]:
+    """Lets each contestant have its turn in each round; returns the rates of each, by round."""
+    rates: dict[str, list[float]] = {name: [] for name in turns}
+    for number in range(_ROUNDS.value):
+        for name, turn in turns.items():
+            rates[name].append(turn())
+        progress(number + 1, _ROUNDS.value)
+    return rates
+
+
+def compared(rates: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+    """Returns median, min and max of each contestant, and the first one's ratio to it."""
+    first = next(iter(rates.values()))
+    return {
+        name: {
+            "median": statistics.median(own),
+            "min": min(own),
+            "max": max(own),
+            "ratio": statistics.median(a / b for a, b in zip(first, own, strict=True)),
+        }
+        for name, own in rates.items()
+    }
+
+
+def step() -> dict[str, Any]:
+    """Images/s of whole training steps with data on the device, without augmentation."""
+    results = {}
+    for work in _WORK.value or (_ON_CPU if _platform() == "cpu" else _ON_ACCELERATOR):
+        name, px, batch = work.split(":")
+        ours = [sys.executable, "-m", "ham_jax.benchmark", "step", f"--work={work}"]
+        commands = {form: [*ours, f"--contestant={form}"] for form in ("ours", "stock Flax")}
+        if _has_torch():
+            peer = [_TORCH.value, str(_PEERS / "torch_step.py"), f"--model={name}"]
+            for form in ("eager", "compile"):
+                commands[f"PyTorch {form}"] = [
+                    *(*peer, f"--px={px}", f"--batch={batch}", f"--form={form}")
+                ]
+        with contextlib.ExitStack() as stack, console.progress(work) as progress:
+            contestants = [
+                stack.enter_context(Contestant(*item)) for item in commands.items()
+            ]  # one after the other: each warms up alone
+            if len({c.about["parameters"] for c in contestants}) > 1:
+                raise RuntimeError(f"{work}: the networks differ in their number of parameters.")
+            turns = {c.name: _turn(c, int(batch)) for c in contestants}
+            rates = rounds(turns, progress)
+        results[work] = compared(rates)
+        for contestant in contestants:
+            results[work][contestant.name] |= contestant.about
+        _table(f"{work}: images/s of a training step", results[work])
+    return results
+
+
+def _turn(contestant: Contestant, batch_size: int) -> Callable[[], float]:
+    num_steps = max(1, round(_SECONDS.value / contestant.work(1)))
+    return lambda: num_steps * batch_size / contestant.work(num_steps)
+
+
+def _worker(form: str) -> None:
+    """`step`'s own contestants: obeys until its standard input ends."""
+    import jax
+    import numpy as np
+
+    from ham_jax import models, parallel
+    from ham_jax.models import conv
+    from ham_jax.training import losses, optim
+    from ham_jax.training import step as training_step
+
+    parallel.compile_cache()
+    mesh = parallel.mesh()
+    config, batch_size = _config_of(_WORK.value[0])
+    network = models.build(config.model, 7)
+    params = jax.eval_shape(lambda: network.init(0)[0])
+    optimizer = optim.make(config.optim, optim.schedule(config.optim, 0, 10**6), params)
+    loss = losses.make_loss(config.loss, np.ones(7))
+    take = training_step.make_train_step(network, optimizer, loss, config, mesh)
+    state = training_step.init_state(network, optimizer, config, mesh)
+    image = np.random.default_rng(0).integers(0, 256, (batch_size, *config.data.canvas, 3))
+    batch = parallel.shard(
+        mesh,
+        {"image": image.astype(np.uint8), "label": np.arange(batch_size, dtype=np.int32) % 7},
+    )
+    stock = conv.stock() if form == "stock Flax" else contextlib.nullcontext()
+    with stock:
+        compiled = take.lower(state, batch).compile()
+    for _ in range(2):
+        state, scalars = compiled(state, batch)
+    jax.block_until_ready(scalars)
+    device = jax.devices()[0]
+    cost = compiled.cost_analysis() or {}
+    about = {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "gigaflop_per_image": cost.get("flops", 0) / batch_size / 1e9,
+        "device": f"{jax.device_count()} x {device.device_kind}",
+        "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax")},
+    }
+    print(json.dumps(about), flush=True)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        for _ in range(int(line)):
+            state, scalars = compiled(state, batch)
+        jax.block_until_ready(scalars)
+        print(time.perf_counter() - start, flush=True)
+
+
+def _config_of(work: str):
+    """Returns a configuration without augmentation for model:pixels:batch, and the batch size."""
+    name, px, batch = work.split(":")
+    config = configuration.base()
+    config.model.name = name
+    config.data.canvas = (int(px), int(px))
+    config.augment.crop_px = int(px)
+    config.augment.strength, config.augment.dihedral = 0.0, False
+    config.train.batch_size = int(batch)
+    configuration.validate(config)
+    return config, int(batch)
+
+
+def conv() -> dict[str, Any]:
+    """Milliseconds of each form of each convolution of a network, and what the rule picks."""
+    import jax
+    import jax.numpy as jnp
+
+    from ham_jax import models
+    from ham_jax.models import conv as room
+
+    if jax.default_backend() != "cpu":
+        raise app.UsageError("conv compares the forms on CPU; elsewhere there is only XLA's own.")
+    results = {}
+    for work in _WORK.value or _ON_CPU:
+        config, batch_size = _config_of(work)
+        px = config.augment.crop_px
+        network = models.build(config.model, 7)
+        shapes: dict[tuple, int] = {}
+        choose = room.choose
+
+        def record(*shape, shapes=shapes, choose=choose):
+            shapes[shape] = shapes.get(shape, 0) + 1
+            return choose(*shape)
+
+        with mock.patch.object(room, "choose", record):
+            params, stats = jax.eval_shape(lambda network=network: network.init(0))
+            image = jax.ShapeDtypeStruct((batch_size, px, px, 3), jnp.float32)
+            jax.eval_shape(
+                lambda p, s, x, network=network: network.apply(p, s, x, True), params, stats, image
+            )
+        rows, results[work] = [], []
+        sums = dict.fromkeys(("chosen", "fastest", "direct"), 0.0)
+        with console.progress(work) as progress:
+            for number, ((x, kernel, geometry), count) in enumerate(shapes.items(), 1):
+                times = _time_forms(x, kernel, geometry)
+                chosen = choose(x, kernel, geometry)
+                for part, form in zip(("forward", "input", "weight"), chosen, strict=True):
+                    of_part = times[part]
+                    sums["chosen"] += count * of_part[form]
+                    sums["fastest"] += count * min(of_part.values())
+                    sums["direct"] += count * of_part["direct"]
+                    others = ", ".join(
+                        f"{name} {ms:.2f}" for name, ms in of_part.items() if name != form
+                    )
+                    late = of_part[form] > 1.1 * min(of_part.values())
+                    shape = f"{count} x {_shape_text(x, kernel, geometry)}"
+                    rows.append(
+                        [shape, part, f"{form} {of_part[form]:.2f}", others, "<-" if late else ""]
+                    )
+                results[work].append(
+                    {
+                        "x": x,
+                        "kernel": kernel,
+                        **geometry._asdict(),
+                        "count": count,
+                        "chosen": chosen,
+                        "ms": times,
+                    }
+                )
+                progress(number, len(shapes))
+        console.print_table(
+            f"{work}: ms of each form; <- marks a choice that is 1.1 times slower than another",
+            ["convolution", "part", "chosen", "others", "late"],
+            rows,
+        )
+        total = ", ".join(f"{name} {ms:.0f} ms" for name, ms in sums.items())
+        print(f"All convolutions of a step: {total}.")
+    return results
+
+
+def _shape_text(x, kernel, geometry) -> str:
+    kind = "depthwise" if geometry.groups > 1 else f"{kernel[2]}->{kernel[3]}"
+    return f"{x[1]}x{x[2]}x{x[3]} {kernel[0]}x{kernel[1]}/{geometry.stride} {kind}"
+
+
+def _time_forms(x, kernel, geometry) -> dict[str, dict[str, float]]:
+    """Returns {part: {form: milliseconds}}, the median over turns in which the forms alternate."""
+    import jax
+    import jax.numpy as jnp
+
+    from ham_jax.models import conv as room
+
+    keys = jax.random.split(jax.random.key(0))
+    x, kernel = (jax.random.normal(k, s) for k, s in zip(keys, (x, kernel), strict=True))
+    dy = jnp.ones_like(room.direct(x, kernel, geometry))
+    parts = {"forward": room.FORWARD, "input": room.INPUT, "weight": room.WEIGHT}
+    times = {}
+    fitting = room.fitting(x.shape, kernel.shape, geometry)
+    for (part, forms), names in zip(parts.items(), fitting, strict=True):
+        compiled, given = {}, (x, kernel) if part == "forward" else (x, kernel, dy)
+        for name in names:
+
+            def call(*arrays, form=forms[name]):
+                x, kernel, *dy = arrays
+                return form(x, kernel, geometry, *dy)
+
+            compiled[name] = jax.jit(call).lower(*given).compile()
+            jax.block_until_ready(compiled[name](*given))
+        taken: dict[str, list[float]] = {name: [] for name in names}
+        start = time.perf_counter()
+        while len(taken[names[0]]) < 3 or time.perf_counter() - start < _SECONDS.value / 20:
+            for name, function in compiled.items():
+                began = time.perf_counter()
+                jax.block_until_ready(function(*given))
+                taken[name].append(1e3 * (time.perf_counter() - began))
+        times[part] = {name: statistics.median(each) for name, each in taken.items()}
+    return times
+
+
+def feed() -> dict[str, Any]:
+    """Images/s of batches on the device with random crop and flips: ours, tf.data, PyTorch."""
+    import jax
+
+    from ham_jax import parallel
+    from ham_jax.data import feed as feeds
+    from ham_jax.data import prepare
+    from ham_jax.training import augment
+
+    parallel.compile_cache()
+    mesh = parallel.mesh()
+    config = configuration.base()
+    config.augment.color = 0.0
+    config.data.allow_partial = True
+    if _DATA.value:
+        config.data.dir = _DATA.value
+    else:
+        config.data.dir, config.data.synthetic_images = "data/demo", 800
+    batch_size, px = config.train.batch_size, config.augment.crop_px
+    records, rows = prepare.prepare(config).select("train")
+    order = feeds.shuffled(rows, batch_size, 0)
+
+    @jax.jit
+    def view(batch):
+        key = jax.random.key(0)
+        return augment.augment(key, batch["image"], batch["label"], config.augment, 7)[0]
+
+    def ours(kind: str) -> Callable[[], float]:
+        batches = feeds.batches(kind, records, rows, order, range(10**9), mesh)
+        return _feed_turn(lambda: view(next(batches)).block_until_ready(), batch_size)
+
+    turns = {"resident": ours("resident"), "stream": ours("stream")}
+    originals = Path(_ORIGINALS.value or config.data.dir)
+    common = [f"--images={originals}", f"--px={px}", f"--batch={batch_size}"]
+    peers = {"tf.data decode": [sys.executable, str(_PEERS / "tf_feed.py"), *common]}
+    if _has_torch():
+        cores = len(os.sched_getaffinity(0))
+        command = [_TORCH.value, str(_PEERS / "torch_feed.py"), *common, f"--workers={cores}"]
+        peers["PyTorch DataLoader"] = command
+    with contextlib.ExitStack() as stack, console.progress("feed") as progress:
+        contestants = [stack.enter_context(Contestant(*item)) for item in peers.items()]
+        turns |= {contestant.name: _peer_turn(contestant) for contestant in contestants}
+        results = compared(rounds(turns, progress))
+    for contestant in contestants:
+        results[contestant.name] |= contestant.about
+    _table(f"images/s of {px} px batches without a model", results)
+    return {"rates": results, "train_images": len(rows), "canvas": records.canvas}
+
+
+def _peer_turn(contestant: Contestant) -> Callable[[], float]:
+    def turn() -> float:
+        count, seconds = contestant.work(round(150 * _SECONDS.value))
+        return count / seconds
+
+    return turn
+
+
+def _feed_turn(step: Callable[[], Any], batch_size: int) -> Callable[[], float]:
+    step()
+
+    def turn() -> float:
+        start, done = time.perf_counter(), 0
+        while (taken := time.perf_counter() - start) < _SECONDS.value:
+            step()
+            done += batch_size
+        return done / taken
+
+    return turn
+
+
+def startup() -> dict[str, Any]:
+    """Seconds from a command to its first sign of life."""
+    results: dict[str, list[float]] = {}
+    python = [sys.executable, "-m", "ham_jax.main"]
+    with tempfile.TemporaryDirectory() as folder, console.progress("startup") as progress:
+        run = [*python, "--config=configs/demo.py", "--config.log.every_steps=1"]
+        run += ["--config.train.duration={'steps': 1}", "--config.optim.warmup={'steps': 0}"]
+        wrong = [*python, "--config=configs/demo.py", "--config.train.batchsize=8"]
+        for number in range(_ROUNDS.value):
+            environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache{number}"}
+            commands = {
+                "--help": ([*python, "--help"], ""),
+                "an error in the configuration": (wrong, "batchsize"),
+                "first step, cold compile cache": (run, "step 1/1"),
+                "first step, warm compile cache": (run, "step 1/1"),
+            }
+            for name, (command, sign) in commands.items():
+                workdir = f"{folder}/run"
+                shutil.rmtree(workdir, ignore_errors=True)
+                start = time.perf_counter()
+                with subprocess.Popen(
+                    [*command, f"--workdir={workdir}"],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    env=environment,
+                ) as process:
+                    text = iter(process.stdout.readline, "")
+                    next(line for line in text if sign in line)
+                    results.setdefault(name, []).append(time.perf_counter() - start)
+                    process.stdout.read()
+            progress(number + 1, _ROUNDS.value)
+    rows = [
+        [name, *(f"{f(each):.1f}" for f in (statistics.median, min, max))]
+        for name, each in results.items()
+    ]
+    console.print_table("seconds", ["until", "median", "min", "max"], rows)
+    return results
+
+
+def _has_torch() -> bool:
+    found = subprocess.run([_TORCH.value, "-c", "import torch, torchvision"], capture_output=True)
+    if found.returncode:
+        console.log_line(f"{shlex.quote(_TORCH.value)} has no torch and torchvision: left out.")
+    return not found.returncode
+
+
+def _platform() -> str:
+    import jax
+
+    return jax.default_backend()
+
+
+def _table(title: str, results: Mapping[str, Mapping[str, Any]]) -> None:
+    first = next(iter(results))
+    rows = [
+        [name, *(f"{r[k]:.1f}" for k in ("median", "min", "max")), f"{r['ratio']:.2f}"]
+        for name, r in results.items()
+    ]
+    console.print_table(title, ["", "median", "min", "max", f"{first} is x times"], rows)
+
+
+def main(argv: list[str]) -> None:
+    """Runs the benchmark that the first argument names."""
+    if _CONTESTANT.value:
+        _worker(_CONTESTANT.value)
+        return
+    what = {"step": step, "conv": conv, "feed": feed, "startup": startup}
+    if len(argv) != 2 or argv[1] not in what:
+        raise app.UsageError(f"Say one of {', '.join(what)}.")
+    results = what[argv[1]]()
+    output = Path(_OUTPUT.value or f"runs/benchmark/{argv[1]}.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    about = {
+        "command": shlex.join(["python", "-m", "ham_jax.benchmark", *sys.argv[1:]]),
+        "rounds": _ROUNDS.value,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+    }
+    files.write_json(output, {**about, "results": results})
+    print(f"Written: {output}")
+
+
+if __name__ == "__main__":
+    app.run(main)

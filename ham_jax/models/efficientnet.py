@@ -1,0 +1,128 @@
+"""EfficientNet-Lite: MBConv blocks without squeeze-and-excitation, with ReLU6.
+
+Tan and Le, EfficientNet, ICML 2019; the Lite variants as released with the TensorFlow TPU models
+(2020): stem and head keep their width, the first and last stage their depth. Padding and epsilon
+are TensorFlow's, as published weights expect. Parameters are named by their place:
+`stem/conv/kernel`, `stage2/block0/depthwise/kernel`, `head/bias`.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ham_jax.models.conv import Conv
+from ham_jax.models.norm import Norm
+
+# depth, and width of the stages: multipliers. Lite1 and Lite2 are also made for more pixels.
+SCALES = {
+    "efficientnet_lite0": (1.0, 1.0),
+    "efficientnet_lite1": (1.1, 1.0),
+    "efficientnet_lite2": (1.2, 1.1),
+}
+MEAN = (127 / 255,) * 3  # of RGB in [0, 1]
+STD = (128 / 255,) * 3
+_EPSILON = 1e-3
+_STEM, _HEAD = 32, 1280  # channels
+
+# blocks, kernel, stride, expansion, channels
+_STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+
+
+class ConvNorm(nnx.Module):
+    """Convolution and BatchNorm."""
+
+    def __init__(self, num_in, num_out, size, stride=1, *, depthwise=False, dtype, rngs: nnx.Rngs):
+        self.conv = Conv(
+            num_in, num_out, size, stride, depthwise=depthwise, same=True, dtype=dtype, rngs=rngs
+        )
+        self.norm = Norm(num_out, epsilon=_EPSILON, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, num_in] -> [B, H / stride, W / stride, num_out], rounded up."""
+        return self.norm(self.conv(x))
+
+
+class Block(nnx.Module):
+    """MBConv: widen, filter each channel by itself, narrow; around it where shapes agree."""
+
+    def __init__(self, num_in, num_out, size, stride, expansion, **make):
+        width = num_in * expansion
+        self.expand = ConvNorm(num_in, width, 1, **make) if expansion > 1 else None
+        self.depthwise = ConvNorm(width, width, size, stride, depthwise=True, **make)
+        self.project = ConvNorm(width, num_out, 1, **make)
+        self.around = stride == 1 and num_in == num_out
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, num_in] -> [B, H / stride, W / stride, num_out], rounded up."""
+        y = x if self.expand is None else jax.nn.relu6(self.expand(x))
+        y = self.project(jax.nn.relu6(self.depthwise(y)))
+        return x + y if self.around else y
+
+
+class Stage(nnx.Module):
+    """Blocks of one width; the first one may halve the side."""
+
+    def __init__(self, num_in, num_out, num_blocks, size, stride, expansion, **make):
+        self.num_blocks = num_blocks
+        for number in range(num_blocks):
+            block = Block(num_in, num_out, size, 1 if number else stride, expansion, **make)
+            setattr(self, f"block{number}", block)
+            num_in = num_out
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, num_in] -> [B, H / stride, W / stride, num_out], rounded up."""
+        for number in range(self.num_blocks):
+            x = getattr(self, f"block{number}")(x)
+        return x
+
+
+class EfficientNetLite(nnx.Module):
+    """EfficientNet-Lite0, 1 or 2.
+
+    Args:
+      name: a key of SCALES.
+      num_classes: C.
+      dtype: to compute in; parameters, statistics and logits are float32.
+      rngs: for the initial weights.
+    """
+
+    def __init__(self, name: str, num_classes: int, dtype, rngs: nnx.Rngs):
+        depth, width = SCALES[name]
+        make = {"dtype": dtype, "rngs": rngs}
+        self.dtype = dtype
+        self.stem = ConvNorm(3, _STEM, 3, 2, **make)
+        num_channels = _STEM
+        for number, (num_blocks, size, stride, expansion, channels) in enumerate(_STAGES, 1):
+            if 1 < number < len(_STAGES):
+                num_blocks = math.ceil(num_blocks * depth)
+            num_out = _round_to_8(channels * width)
+            stage = Stage(num_channels, num_out, num_blocks, size, stride, expansion, **make)
+            setattr(self, f"stage{number}", stage)
+            num_channels = num_out
+        self.top = ConvNorm(num_channels, _HEAD, 1, **make)
+        self.head = nnx.Linear(_HEAD, num_classes, rngs=rngs)
+
+    def __call__(self, image: jax.Array) -> jax.Array:
+        """RGB in [0, 1], [B, H, W, 3] -> logits float32 [B, C]."""
+        x = (image - jnp.array(MEAN)) / jnp.array(STD)
+        x = jax.nn.relu6(self.stem(x.astype(self.dtype)))
+        for number in range(1, len(_STAGES) + 1):
+            x = getattr(self, f"stage{number}")(x)
+        x = jax.nn.relu6(self.top(x))
+        return self.head(x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2)))
+
+
+def _round_to_8(channels: float) -> int:
+    """Rounds to a multiple of 8, but never down by more than a tenth."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
