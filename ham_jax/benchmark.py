@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from ham_jax import config as configuration
 from ham_jax import console, files
@@ -450,6 +450,7 @@ def _table(title: str, results: Mapping[str, Mapping[str, Any]]) -> None:
 
 def main(argv: list[str]) -> None:
     """Runs the benchmark that the first argument names."""
+    logging.set_verbosity(logging.WARNING)
     if _CONTESTANT.value:
         _worker(_CONTESTANT.value)
         return

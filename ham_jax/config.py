@@ -67,6 +67,7 @@ RANGES = {
     "optim.ema_decay": (0, 0.99999),
     "train.batch_size": (1, math.inf),
     "train.accumulate": (1, math.inf),
+    "train.steps_per_dispatch": (0, math.inf),
     "eval.batch_size": (1, math.inf),
     "eval.crop_scale": (0.1, 1),
     "log.every_steps": (1, math.inf),
@@ -85,6 +86,7 @@ FREE_ON_RESUME = (
     "data.allow_partial",
     "data.feed",
     "data.num_workers",
+    "train.steps_per_dispatch",
     "eval",
     "log",
     "checkpoint",
@@ -165,6 +167,8 @@ def base() -> ml_collections.ConfigDict:
     train.batch_size = 64  # images a step over all devices
     train.duration = ml_collections.ConfigDict({"epochs": 30.0})  # or {'steps': n}
     train.accumulate = 1  # micro-batches a step: less memory, the same gradient
+    # Steps in one program; 0: up to 8 on GPU and TPU with the resident feed, else 1.
+    train.steps_per_dispatch = 0
 
     c.eval = evaluation = ml_collections.ConfigDict()
     evaluation.every = ml_collections.ConfigDict({"epochs": 1.0})
@@ -343,6 +347,11 @@ def validate(config: ml_collections.ConfigDict, num_devices: int = 1) -> None:
     if len(config.augment.crop_scale) == 2 and config.augment.crop_scale[1] > 1:
         faults.append(
             f"augment.crop_scale = {config.augment.crop_scale!r} is a share: 1 at the most."
+        )
+    if config.train.steps_per_dispatch > 1 and config.data.feed == "stream":
+        faults.append(
+            f"train.steps_per_dispatch = {config.train.steps_per_dispatch} needs data.feed ="
+            " 'resident' or 'auto': the stream hands over one batch at a time."
         )
     faults += _batch_faults(config, num_devices)
     faults += _pattern_faults(config)

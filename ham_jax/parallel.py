@@ -81,9 +81,9 @@ def mesh() -> Mesh:
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the placement of batches: cut along the first axis."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Returns the placement of batches, cut along their rows, which lie along the given axis."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -98,9 +98,9 @@ def local_rows(mesh: Mesh, batch_size: int) -> slice:
     return slice(mine.index(True) * per_device, (mine.index(True) + sum(mine)) * per_device)
 
 
-def shard(mesh: Mesh, local: Any) -> Any:
+def shard(mesh: Mesh, local: Any, axis: int = 0) -> Any:
     """Returns global arrays, sharded along their rows, from this process's rows of each."""
-    sharding = batch_sharding(mesh)
+    sharding = batch_sharding(mesh, axis)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), local)
 
 
@@ -148,6 +148,7 @@ class Preemption:
     def __init__(self):
         self.exit_code = 75
         self._requested = False
+        self._asked = 0
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> "Preemption":
@@ -173,12 +174,9 @@ class Preemption:
                 os.kill(os.getpid(), signal.SIGTERM)
         self._requested = True
 
-    def reached(self, step: int) -> bool:
-        """Returns whether to stop after this step; the same answer on every process.
-
-        Args:
-          step: counts up by one from call to call, on all processes alike.
-        """
+    def reached(self) -> bool:
+        """Returns whether to stop now; the same on every process, asked after the same steps."""
+        self._asked += 1  # the processes agree on a number of calls
         if jax.process_count() == 1:
             return self._requested
-        return multihost_utils.reached_preemption_sync_point(step)
+        return multihost_utils.reached_preemption_sync_point(self._asked)

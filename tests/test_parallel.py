@@ -92,9 +92,9 @@ def test_rows_lie_in_order_on_the_devices():
 def test_a_request_to_stop_is_kept_until_asked_for(number, code):
     before = signal.getsignal(number)
     with parallel.Preemption() as preemption:
-        assert not preemption.reached(1)
+        assert not preemption.reached()
         os.kill(os.getpid(), number)
-        assert preemption.reached(2)
+        assert preemption.reached()
         assert preemption.exit_code == code
         if number == signal.SIGINT:
             with pytest.raises(KeyboardInterrupt):
@@ -137,7 +137,7 @@ WORKER = textwrap.dedent("""
         for step in range(1, 1000):
             if number == 1 and step == 3:
                 os.kill(os.getpid(), int(sys.argv[2]))
-            if preemption.reached(step):
+            if preemption.reached():
                 break
             time.sleep(0.01)
     report |= {"stopped": step, "code": preemption.exit_code}

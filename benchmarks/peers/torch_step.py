@@ -14,14 +14,16 @@ import time
 import torch
 
 
-def network(name: str) -> torch.nn.Module:
+def network(name: str, px: int) -> torch.nn.Module:
     """Returns the network that ham_jax names so, with seven classes."""
     if name.startswith("efficientnet_lite"):
         from efficientnet_lite_pytorch import EfficientNet
 
         # Ours has neither of the two.
-        without = {"dropout_rate": 0.0, "drop_connect_rate": 0.0, "num_classes": 7}
-        return EfficientNet.from_name(name.replace("_", "-"), override_params=without)
+        without = {"dropout_rate": 0.0, "drop_connect_rate": 0.0}
+        return EfficientNet.from_name(
+            name.replace("_", "-"), image_size=px, num_classes=7, **without
+        )
     import torchvision
 
     return getattr(torchvision.models, name)(num_classes=7, zero_init_residual=True)
@@ -40,7 +42,7 @@ def main() -> None:
     device = torch.device("cuda" if gpu else "cpu")
     torch.backends.cudnn.benchmark = True
 
-    net = network(flags.model).to(device, memory_format=torch.channels_last).train()
+    net = network(flags.model, flags.px).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(
         net.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4
     )

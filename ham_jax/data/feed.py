@@ -96,6 +96,7 @@ def batches(
     order: Order,
     steps: range,
     mesh: jax.sharding.Mesh,
+    together: Callable[[int], int] = lambda step: 1,
 ) -> Iterator[dict[str, jax.Array]]:
     """Yields the batch of each step.
 
@@ -106,13 +107,26 @@ def batches(
       order: step -> record numbers of the global batch.
       steps: which steps, in order.
       mesh: the devices, axis `data`.
+      together: step -> how many steps from it on come as one batch, stacked along a new first
+        axis where it is more than one; only of the resident feed.
     """
-    images = _streamed if feed == "stream" else _resident
     labels = records.table["label"].to_numpy(np.int32)
-    for step, image in zip(steps, images(records, rows, order, steps, mesh), strict=True):
-        numbers = order(step)
-        local = numbers[parallel.local_rows(mesh, len(numbers))]
-        yield {"image": image, "label": parallel.shard(mesh, labels[local])}
+
+    def local(numbers: np.ndarray) -> np.ndarray:
+        return numbers[..., parallel.local_rows(mesh, numbers.shape[-1])]
+
+    if feed == "stream":
+        for step, image in zip(steps, _streamed(records, order, steps, mesh), strict=True):
+            yield {"image": image, "label": parallel.shard(mesh, labels[local(order(step))])}
+        return
+    gather = _resident(records, rows, mesh)
+    step = steps.start
+    while step < steps.stop:
+        count = together(step)
+        numbers = np.stack([order(n) for n in range(step, step + count)])
+        mine = local(numbers if count > 1 else numbers[0])
+        yield {"image": gather(mine), "label": parallel.shard(mesh, labels[mine], mine.ndim - 1)}
+        step += count
 
 
 def sequential(
@@ -139,7 +153,7 @@ def sequential(
                 yield parallel.shard(mesh, image), count
 
 
-def _streamed(records, rows, order, steps, mesh) -> Iterator[jax.Array]:
+def _streamed(records, order, steps, mesh) -> Iterator[jax.Array]:
     tf = _tensorflow()
 
     def read(step: np.ndarray) -> np.ndarray:
@@ -156,7 +170,8 @@ def _streamed(records, rows, order, steps, mesh) -> Iterator[jax.Array]:
         yield parallel.shard(mesh, image)
 
 
-def _resident(records, rows, order, steps, mesh) -> Iterator[jax.Array]:
+def _resident(records, rows, mesh) -> Callable[[np.ndarray], jax.Array]:
+    """Returns record numbers [..., B] of this process -> their images, [..., B, H, W, 3]."""
     whole = np.empty((len(rows), *records.canvas, 3), np.uint8)
     for start in range(0, len(rows), _LOAD_ROWS):
         whole[start : start + _LOAD_ROWS] = records.read(rows[start : start + _LOAD_ROWS])
@@ -165,14 +180,16 @@ def _resident(records, rows, order, steps, mesh) -> Iterator[jax.Array]:
     place[rows] = np.arange(len(rows))
 
     # A program of its own, so that the train step is the same one with either feed.
-    @functools.partial(jax.jit, out_shardings=parallel.batch_sharding(mesh))
-    def gather(images: jax.Array, places: jax.Array) -> jax.Array:
-        return images.at[places].get(mode="promise_in_bounds")
+    @functools.partial(jax.jit, static_argnums=2)
+    def gather(images: jax.Array, places: jax.Array, axis: int) -> jax.Array:
+        chosen = images.at[places].get(mode="promise_in_bounds")
+        return jax.lax.with_sharding_constraint(chosen, parallel.batch_sharding(mesh, axis))
 
-    for step in steps:
-        numbers = order(step)
-        local = place[numbers[parallel.local_rows(mesh, len(numbers))]]
-        yield gather(whole, parallel.shard(mesh, local))
+    def get(numbers: np.ndarray) -> jax.Array:
+        axis = numbers.ndim - 1
+        return gather(whole, parallel.shard(mesh, place[numbers], axis), axis)
+
+    return get
 
 
 def _tensorflow():

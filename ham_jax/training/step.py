@@ -40,6 +40,17 @@ def init_state(
     return parallel.replicate(mesh, jax.tree.map(jnp.copy, state))
 
 
+def flop_per_image(train_step, state: State, batch: Batch) -> float:
+    """Returns the floating-point operations of a train step by XLA's count, an image of a batch.
+
+    Args:
+      train_step: from `make_train_step`.
+      state: arrays or their shapes.
+      batch: arrays or their shapes, of one step.
+    """
+    return train_step.lower(state, batch).cost_analysis()["flops"] / len(batch["label"])
+
+
 def make_train_step(
     network: Network,
     optimizer: optax.GradientTransformation,
@@ -48,6 +59,8 @@ def make_train_step(
     mesh: jax.sharding.Mesh,
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
     """Returns the compiled step: (state, batch) -> (state, scalars).
+
+    A batch with one more axis in front is that many steps, one after the other, as one program.
 
     Args:
       network: the model's pure functions.
@@ -58,8 +71,8 @@ def make_train_step(
 
     Returns:
       A function of a state and a global batch. The scalars are the batch's `loss`, `accuracy`
-      (arg-max against the target's arg-max) and `grad_norm`. On GPU and TPU the state given is
-      consumed; on CPU, where donating costs time, it is not.
+      (arg-max against the target's arg-max) and `grad_norm`, [] or [number of steps]. On GPU and
+      TPU the state given is consumed; on CPU, where donating costs time, it is not.
     """
     root = jax.random.key(config.seed)
     num_parts = config.train.accumulate
@@ -117,5 +130,10 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         return state, {"loss": value, "accuracy": accuracy, "grad_norm": grad_norm}
 
+    def train_steps(state: State, batch: Batch):
+        if batch["label"].ndim == 1:
+            return train_step(state, batch)
+        return jax.lax.scan(train_step, state, batch)
+
     donate = () if jax.default_backend() == "cpu" else (0,)
-    return jax.jit(train_step, out_shardings=parallel.replicated(mesh), donate_argnums=donate)
+    return jax.jit(train_steps, out_shardings=parallel.replicated(mesh), donate_argnums=donate)

@@ -21,8 +21,30 @@ _SHOWN = {
     "val/balanced_accuracy": "val balanced accuracy {:.4f}",
     "val/log_loss": "val log loss {:.4f}",
     "perf/images_per_s": "{:.0f} images/s",
+    "perf/mfu": "MFU {:.1%}",
     "perf/wait_share": "waiting {:.1%}",
 }
+
+# Dense bfloat16 FLOP/s of one device as JAX names it, from the makers' data sheets; the first
+# name that begins the device's counts.
+_PEAK_FLOPS = {
+    "NVIDIA B200": 2250e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "TPU v6 lite": 918e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v4": 275e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Returns the dense bfloat16 FLOP/s of a device, None where it is not known."""
+    return next((peak for kind, peak in _PEAK_FLOPS.items() if device_kind.startswith(kind)), None)
 
 
 class NonFiniteLoss(FloatingPointError):  # noqa: N818 - says what it is
@@ -59,6 +81,8 @@ class Telemetry:
       batch_size: images a step over all devices.
       start_step: steps done before; what an earlier run logged after it is dropped.
       is_main_process: whether this process is the one that tells.
+      peak_images_per_s: what the devices would do at their peak FLOP/s, if that is known; the log
+        then has `perf/mfu`, the share of it that is reached (Chowdhery et al., PaLM, 2022).
       clock: returns seconds.
     """
 
@@ -71,6 +95,7 @@ class Telemetry:
         batch_size: int,
         start_step: int,
         is_main_process: bool = True,
+        peak_images_per_s: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self._workdir = Path(workdir)
@@ -80,6 +105,7 @@ class Telemetry:
         self._batch_size = batch_size
         self._start_step = start_step
         self._is_main = is_main_process
+        self._peak_images_per_s = peak_images_per_s
         self._clock = clock
         self._closing = contextlib.ExitStack()
 
@@ -157,10 +183,11 @@ class Telemetry:
         busy_s = now - then - self._away_s
         if step == last_step or busy_s <= 0:
             return {}
-        return {
-            "perf/images_per_s": (step - last_step) * self._batch_size / busy_s,
-            "perf/wait_share": self._waited_s / busy_s,
-        }
+        images_per_s = (step - last_step) * self._batch_size / busy_s
+        speed = {"perf/images_per_s": images_per_s, "perf/wait_share": self._waited_s / busy_s}
+        if self._peak_images_per_s:
+            speed["perf/mfu"] = images_per_s / self._peak_images_per_s
+        return speed
 
     def _eta(self, step: int, now: float) -> datetime.timedelta:
         """Returns the time left, with evaluations and saves as frequent as so far."""

@@ -66,6 +66,25 @@ def test_stream_and_resident_bring_the_same_pixels_and_labels(records):
         assert a["image"].sharding == b["image"].sharding
 
 
+def test_steps_that_go_together_are_stacked(records):
+    rows = np.arange(len(records.table))
+    order = feed.shuffled(rows, 8, seed=2)
+    groups = {0: 1, 1: 3, 4: 1}
+    batches = feed.batches(
+        "resident", records, rows, order, range(5), parallel.mesh(), together=groups.get
+    )
+    labels = records.table["label"].to_numpy()
+    for (step, count), batch in zip(groups.items(), batches, strict=True):
+        numbers = np.stack([order(n) for n in range(step, step + count)])
+        numbers = numbers if count > 1 else numbers[0]
+        np.testing.assert_array_equal(batch["label"], labels[numbers])
+        np.testing.assert_array_equal(
+            batch["image"], records.read(numbers.ravel()).reshape(*numbers.shape, 24, 32, 3)
+        )
+        for array in batch.values():
+            assert array.sharding.spec[count > 1] == "data"
+
+
 def test_sequential_shows_each_row_once_and_pads_the_last_batch(records):
     rows = np.arange(5, 42)
     seen = [

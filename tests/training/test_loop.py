@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from ham_jax import checkpoints, config
+from ham_jax import checkpoints, config, models
 from ham_jax.config import InputError
 from ham_jax.evaluation import evaluate, metrics
-from ham_jax.training import loop, telemetry
+from ham_jax.training import loop, losses, optim, step, telemetry
 
 
 @pytest.fixture
@@ -50,9 +50,11 @@ class StopAfter:
 
     def __init__(self, step=None):
         self.step = step
+        self.done = 0
 
-    def reached(self, step):
-        return step == self.step
+    def reached(self):
+        self.done += 1
+        return self.done == self.step
 
 
 def final_state(workdir):
@@ -75,6 +77,40 @@ def lines(workdir):
     ]
 
 
+@pytest.fixture
+def no_unasked_transfers(monkeypatch):
+    """Fails where a train step moves data between host and device that nobody put there."""
+    make = step.make_train_step
+
+    def guarded(*args):
+        take = make(*args)
+
+        def take_guarded(state, batch):
+            with jax.transfer_guard("disallow"):
+                return take(state, batch)
+
+        return take_guarded
+
+    monkeypatch.setattr(step, "make_train_step", guarded)
+
+
+def test_operations_are_counted_as_published(one_device):
+    c = config.base()
+    c.model.name, c.augment.crop_px = "resnet50", 224
+    net = models.build(c.model, 7)
+    optimizer = optim.make(c.optim, lambda _: 0.1, jax.eval_shape(lambda: net.init(0)[0]))
+    loss = losses.make_loss(c.loss, np.ones(7))
+    take = step.make_train_step(net, optimizer, loss, c, one_device)
+    state = jax.eval_shape(lambda: step.init_state(net, optimizer, c, one_device))
+    batch = {
+        "image": jax.ShapeDtypeStruct((2, 224, 224, 3), np.uint8),
+        "label": jax.ShapeDtypeStruct((2,), np.int32),
+    }
+    # 4.09e9 multiply-adds forward (He et al., 2016), twice that backward
+    assert step.flop_per_image(take, state, batch) == pytest.approx(3 * 2 * 4.09e9, rel=0.1)
+
+
+@pytest.mark.usefixtures("no_unasked_transfers")
 def test_resume_is_bit_exact_and_so_are_both_feeds(tiny, one_device, tmp_path):
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
     loop.train(tiny, unbroken, one_device, StopAfter())
@@ -88,6 +124,32 @@ def test_resume_is_bit_exact_and_so_are_both_feeds(tiny, one_device, tmp_path):
     assert_same_state(final_state(resumed), final_state(unbroken))
     assert lines(resumed) == lines(unbroken)
     assert numbers == json.loads((unbroken / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize(("num_steps", "every", "most"), [(20, 6.5, 4), (20, 20, 8), (7, 3, 1)])
+def test_steps_taken_together_end_where_something_follows(num_steps, every, most):
+    plan = loop.Plan(10.0, num_steps, 0, every, every)
+    step, groups = 0, []
+    while step < num_steps:
+        groups.append(range(step, step + plan.together(step, most)))
+        step = groups[-1].stop
+    assert [n for group in groups for n in group] == list(range(num_steps))
+    assert max(map(len, groups)) == most
+    for group in groups:
+        assert len(group) in (1, most)
+        assert not any(plan.saves(done) for done in range(group.start + 1, group.stop))
+
+
+def test_steps_taken_together_are_the_same_steps(tiny, one_device, tmp_path):
+    tiny.checkpoint.every = tiny.eval.every = {"steps": 5}
+    one, three = tmp_path / "one", tmp_path / "three"
+    loop.train(tiny, one, one_device, StopAfter())
+    tiny.train.steps_per_dispatch = 3
+    loop.train(tiny, three, one_device, StopAfter())
+    for (path, a), (_, b) in zip(final_state(one)[1], final_state(three)[1], strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-3, err_msg=jax.tree_util.keystr(path))
+    assert [row["step"] for row in lines(one)] == [2, 4, 5, 5]
+    assert [row["step"] for row in lines(three)] == [3, 4, 5, 5]
 
 
 def test_eval_rebuilds_the_run_from_its_folder_to_the_last_digit(tiny, one_device, tmp_path):
@@ -125,8 +187,8 @@ def test_a_diverged_run_names_the_step_and_keeps_the_last_good_checkpoint(
     tiny.optim.warmup = {"steps": 0}
     with pytest.raises(telemetry.NonFiniteLoss, match="step"):
         loop.train(tiny, tmp_path, one_device, StopAfter())
-    step, leaves = final_state(tmp_path)
-    assert 1 <= step < 5
+    last, leaves = final_state(tmp_path)
+    assert 1 <= last < 5
     assert all(np.isfinite(x).all() for _, x in leaves)
 
 

@@ -36,7 +36,9 @@ def shown(monkeypatch):
 def make(workdir, start_step=0, clock=None, is_main=True, num_steps=100, **keys):
     c = config.base().log
     c.update({"tensorboard": False} | keys)
-    return telemetry.Telemetry(workdir, c, num_steps, 8.0, 4, start_step, is_main, clock or Clock())
+    return telemetry.Telemetry(
+        workdir, c, num_steps, 8.0, 4, start_step, is_main, None, clock or Clock()
+    )
 
 
 def rows(workdir):
@@ -57,6 +59,19 @@ def events(workdir):
             found.append(event_pb2.Event.FromString(data[12 : 12 + size]))
             data = data[16 + size :]
         yield found
+
+
+def test_share_of_the_peak_is_logged_where_the_peak_is_known(tmp_path, shown):
+    clock = Clock()
+    c = config.base().log
+    c.tensorboard = False
+    with telemetry.Telemetry(tmp_path, c, 100, 8.0, 4, 0, True, 160.0, clock) as log:
+        clock.now += 1
+        log.log(10, {"train/loss": 2.0})  # 40 images/s
+    assert rows(tmp_path)[0]["perf/mfu"] == pytest.approx(0.25)
+    assert "MFU 25.0%" in shown[0]
+    assert telemetry.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert telemetry.peak_flops("cpu") is None
 
 
 def test_speed_and_wait_and_eta_by_a_clock(tmp_path, shown):
