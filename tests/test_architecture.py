@@ -17,6 +17,7 @@ BELOW = {
         "training",
         "inference",
     },
+    "benchmark": {"config", "parallel", "console", "files", "data", "models", "training"},
     "inference": {
         "config",
         "parallel",

@@ -16,7 +16,9 @@ def faults_of(config, **kwargs):
     return error.value.faults
 
 
-@pytest.mark.parametrize("file", ["resnet.py", "resnet.py:34", "resnet.py:50", "demo.py"])
+@pytest.mark.parametrize(
+    "file", ["resnet.py", "resnet.py:34", "resnet.py:50", "efficientnet_lite.py:2", "demo.py"]
+)
 def test_every_config_file_is_valid(file, request):
     configuration.validate(configuration.load(f"{request.config.rootpath}/configs/{file}"))
 

@@ -64,7 +64,9 @@ def choose(x: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> F
     if height * width <= 16 or (x[1] < kh and x[2] < kw):
         return Forms("patches", "patches", "patches")
     input_form = "patches" if height < kh and width < kw else "direct"
-    return Forms("direct", input_form, "taps" if x[-1] >= 16 else "patches")
+    if x[-1] < 16:
+        return Forms("direct", input_form, "patches")
+    return Forms("direct", input_form, "rows" if stride == 1 and x[-1] <= 128 else "taps")
 
 
 def conv(
@@ -213,6 +215,26 @@ def _weight_by_taps(x, kernel, geometry, dy):
     return jnp.stack([t.reshape(-1, t.shape[-1]).T @ dy for t in taps]).reshape(kernel.shape)
 
 
+def _weight_by_rows(x, kernel, geometry, dy):
+    """A matrix product a row of the kernel, without stride: less is copied than by taps.
+
+    The first factor is transposed by hand: the product then reads both along their rows.
+    """
+    kh, kw, num_in, num_out = kernel.shape
+    (above, _), (before, after) = geometry.pads
+    height, width = x.shape[1], dy.shape[2]
+    x = jnp.pad(jnp.moveaxis(x, -1, 0), ((0, 0), (0, 0), (0, 0), (before, after)))
+    beside = jnp.concatenate([x[..., left : left + width] for left in range(kw)])
+    beside = lax.optimization_barrier(beside.reshape(kw * num_in, -1))
+    rows = []
+    for number in range(kh):
+        top = number - above  # row h of x meets row h - top of dy
+        edges = (top, height - dy.shape[1] - top, 0)
+        moved = lax.pad(dy, jnp.zeros((), dy.dtype), ((0, 0, 0), edges, (0, 0, 0), (0, 0, 0)))
+        rows.append(beside @ moved.reshape(-1, num_out))
+    return jnp.stack(rows).reshape(kernel.shape)
+
+
 def _weight_scanned(x, kernel, geometry, dy):
     """Of a depthwise convolution: image by image, so that nine passes over it find it in cache."""
 
@@ -246,6 +268,7 @@ WEIGHT: dict[str, Gradient] = {
     "product": functools.partial(_weight_by, product),
     "patches": functools.partial(_weight_by, patches),
     "taps": _weight_by_taps,
+    "rows": _weight_by_rows,
     "scanned": _weight_scanned,
 }
 
@@ -262,7 +285,8 @@ def fitting(
     if kernel[:2] == (1, 1) and pads == ((0, 0), (0, 0)):
         return ["direct", "product"], ["direct", "product"], ["direct", "product"]
     by_input = ["direct", "patches"] + (["phases"] if stride > 1 else [])
-    return ["direct", "patches"], by_input, ["direct", "patches", "taps"]
+    weight = ["direct", "patches", "taps"] + (["rows"] if stride == 1 else [])
+    return ["direct", "patches"], by_input, weight
 
 
 def _taps(x: jax.Array, kernel: tuple[int, ...], geometry: Geometry) -> list[jax.Array]:
