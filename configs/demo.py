@@ -16,7 +16,7 @@ def get_config():
     c.optim.learning_rate = 0.05
     c.optim.clip_norm = 5.0
     c.train.batch_size = 32
-    c.train.duration = {"epochs": 8.0}
+    c.train.duration = {"epochs": 10.0}
     c.eval.every = {"epochs": 2.0}
     c.checkpoint.every = {"epochs": 2.0}
     c.log.every_steps = 10
