@@ -47,9 +47,7 @@ _DATA = flags.DEFINE_string(
 _ORIGINALS = flags.DEFINE_string(
     "originals", None, "feed: a folder of photographs for those who decode; default: --data."
 )
-_OUTPUT = flags.DEFINE_string(
-    "output", None, "The JSON to write; default: runs/benchmark/<what>.json."
-)
+_JSON = flags.DEFINE_string("json", None, "The file to write; default: runs/benchmark/<what>.json.")
 _CONTESTANT = flags.DEFINE_string("contestant", None, "Internal: run as a worker of `step`.")
 
 _ON_CPU = ("resnet18:64:32", "efficientnet_lite0:128:32", "resnet18:128:32", "resnet50:224:8")
@@ -460,7 +458,7 @@ def main(argv: list[str]) -> None:
     if len(argv) != 2 or argv[1] not in what:
         raise app.UsageError(f"Say one of {', '.join(what)}.")
     results = what[argv[1]]()
-    output = Path(_OUTPUT.value or f"runs/benchmark/{argv[1]}.json")
+    output = Path(_JSON.value or f"runs/benchmark/{argv[1]}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     about = {
         "command": shlex.join(["python", "-m", "ham_jax.benchmark", *sys.argv[1:]]),

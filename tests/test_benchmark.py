@@ -35,7 +35,7 @@ def test_the_ratio_is_the_median_of_the_rounds_ratios():
 def test_each_convolution_is_timed_in_each_form(tmp_path):
     output = tmp_path / "conv.json"
     command = ["-m", "ham_jax.benchmark", "conv", "--work=resnet18:32:1", "--seconds=0.01"]
-    subprocess.run([sys.executable, *command, f"--output={output}"], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, *command, f"--json={output}"], cwd=ROOT, check=True)
     shapes = json.loads(output.read_text())["results"]["resnet18:32:1"]
     assert sum(shape["count"] for shape in shapes) == 20
     for shape in shapes:
