@@ -74,8 +74,7 @@ class Contestant:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.communicate()  # closes its input, which ends it
 
     def work(self, amount: int) -> Any:
         """Has it do so much and returns its answer."""
@@ -86,7 +85,8 @@ class Contestant:
     def _answer(self) -> Any:
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.name} ended with {self._process.wait()}; see above.")
+            self._process.communicate()
+            raise RuntimeError(f"{self.name} ended with {self._process.returncode}; see above.")
         return json.loads(line)
 
 
