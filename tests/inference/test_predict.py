@@ -17,7 +17,7 @@ from ham_jax.training import loop
 class NeverStop:
     exit_code = 75
 
-    def reached(self, step):
+    def reached(self):
         return False
 
 
