@@ -34,6 +34,8 @@ def launch(tmp_path):
     python.write_text(PYTHON.format(folder=tmp_path, real=sys.executable))
     python.chmod(0o755)
     started = []
+    # A suite that was started in the background may ignore Ctrl-C, and so would its children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def start(program, *arguments, command=(ROOT / "launch.sh",), pass_fds=(), **environment):
         (tmp_path / "main.py").write_text(textwrap.dedent(program))
@@ -55,6 +57,7 @@ def launch(tmp_path):
     for job in started:
         job.kill()
         job.communicate()
+    signal.signal(signal.SIGINT, before)
 
 
 def wait_until(condition, seconds=30):
