@@ -4,45 +4,62 @@ Images are float32 in [0, 1], RGB, [B, H, W, 3], unless said otherwise. All of i
 on batches sharded along their rows, with static shapes.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 
 def resample(image: jax.Array, boxes: jax.Array, size_px: int) -> jax.Array:
     """Cuts a box out of each image and scales it to a square, with antialiasing.
 
     The filter is the triangle (bilinear) one, as wide as the reduction, as in Pillow's
-    `Image.resize(..., BILINEAR, box=...)`: its weights are separable, so that two small matrix
-    products an image do the work.
+    `Image.resize(..., BILINEAR, box=...)`. Its weights are separable: rows first, then columns,
+    each as a sum over the few pixels within reach.
 
     Args:
       image: uint8 [B, H, W, 3].
-      boxes: top, left, height, width in pixels, float [B, 4], inside the image.
+      boxes: top, left, height, width in pixels, float [B, 4], inside the image. A negative height
+        or width is measured from a bottom or right edge, and mirrors.
       size_px: side of the result.
 
     Returns:
       float32 [B, size_px, size_px, 3] in [0, 1].
     """
-    rows = _weights(boxes[:, 0], boxes[:, 2], image.shape[1], size_px)
-    columns = _weights(boxes[:, 1], boxes[:, 3], image.shape[2], size_px)
-    scaled = image.astype(jnp.float32) / 255
-    # Rows first: a row of pixels with its channels is one contiguous vector.
     batch, height, width, channels = image.shape
-    scaled = rows @ scaled.reshape(batch, height, width * channels)
-    scaled = scaled.reshape(batch, size_px, width, channels)
-    return jnp.einsum("bxw,bywc->byxc", columns, scaled)
+    rows = _within_reach(boxes[:, 0], boxes[:, 2], height, size_px)
+    columns = _within_reach(boxes[:, 1], boxes[:, 3], width, size_px)
+    # A row of pixels with its channels is one contiguous vector.
+    scaled = _weighted(image.reshape(batch, height, width * channels), *rows, 0)
+    # The barriers keep XLA from computing rows anew in each column, and all anew in what follows.
+    scaled = lax.optimization_barrier(scaled).reshape(batch, size_px, width, channels)
+    return lax.optimization_barrier(_weighted(scaled, *columns, 1) / 255)
 
 
-def _weights(start: jax.Array, length: jax.Array, num_pixels: int, size_px: int) -> jax.Array:
-    """Returns each output pixel's weights over input pixels, [B, size_px, num_pixels]."""
+def _within_reach(
+    start: jax.Array, length: jax.Array, num_pixels: int, size_px: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the input pixels of each output pixel and their weights, [B, size_px, taps] each."""
     scale = (length / size_px)[:, None, None]
-    reach = jnp.maximum(scale, 1.0)
+    reach = jnp.maximum(jnp.abs(scale), 1.0)
     center = start[:, None, None] + (jnp.arange(size_px)[:, None] + 0.5) * scale
-    distance = jnp.abs(jnp.arange(num_pixels) + 0.5 - center) / reach
+    num_taps = math.ceil(2 * max(num_pixels / size_px, 1.0))  # of the widest box
     # Pillow lets no pixel count whose centre is not within reach; the triangle does the same.
-    weights = jnp.maximum(1.0 - distance, 0.0)
-    return weights / weights.sum(-1, keepdims=True)
+    pixel = jnp.floor(center - reach + 0.5).astype(jnp.int32) + jnp.arange(num_taps)
+    weight = jnp.maximum(1.0 - jnp.abs(pixel + 0.5 - center) / reach, 0.0)
+    weight = jnp.where((pixel >= 0) & (pixel < num_pixels), weight, 0.0)
+    return jnp.clip(pixel, 0, num_pixels - 1), weight / weight.sum(-1, keepdims=True)
+
+
+def _weighted(image: jax.Array, pixel: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
+    """Sums each output pixel's weighted input pixels along an axis of each image."""
+    weight = weight.reshape(len(image), *(1,) * axis, *weight.shape[1:])
+    weight = weight[(..., *(None,) * (image.ndim - axis - 2), slice(None))]
+    take = jax.vmap(lambda image, pixel: image.take(pixel, axis, mode="clip"))
+    taps = range(pixel.shape[-1])
+    return sum(take(image, pixel[..., tap]) * weight[..., tap] for tap in taps)
 
 
 def central_boxes(batch_size: int, height: int, width: int, scale: float) -> np.ndarray:
@@ -64,9 +81,10 @@ def shades_of_gray(image: jax.Array, norm: float) -> jax.Array:
     """
     if not norm:
         return image
+    power = int(norm) if norm == int(norm) else norm  # whole powers are products, much faster
     image = jnp.maximum(image, 1e-6)  # black has no colour
     peak = image.max((1, 2), keepdims=True)  # or the powers of a large norm would all be 0
-    light = peak * ((image / peak) ** norm).mean((1, 2), keepdims=True) ** (1 / norm)
+    light = peak * ((image / peak) ** power).mean((1, 2), keepdims=True) ** (1 / norm)
     gain = jnp.sqrt((light**2).mean(-1, keepdims=True)) / light
     return jnp.clip(image * gain, 0.0, 1.0)
 
@@ -83,6 +101,32 @@ def dihedral(image: jax.Array, k: jax.Array) -> jax.Array:
     image = jnp.where(k & 1, image[:, :, ::-1], image)
     image = jnp.where(k & 2, image[:, ::-1], image)
     return jnp.where(k & 4, image.swapaxes(1, 2), image)
+
+
+def resample_dihedral(image: jax.Array, boxes: jax.Array, k: jax.Array, size_px: int) -> jax.Array:
+    """Returns `dihedral(resample(image, boxes, size_px), k)` in a third of the time on CPU.
+
+    The mirroring costs nothing: it is in the boxes.
+
+    Args:
+      image: uint8 [B, H, W, 3].
+      boxes: as for `resample`.
+      k: int32 [B] in 0..7.
+      size_px: side of the result.
+    """
+    top, left, height, width = boxes.T
+    below, right = (k & 2) != 0, (k & 1) != 0
+    boxes = jnp.stack(
+        [
+            jnp.where(below, top + height, top),
+            jnp.where(right, left + width, left),
+            jnp.where(below, -height, height),
+            jnp.where(right, -width, width),
+        ],
+        -1,
+    )
+    view = resample(image, boxes, size_px)
+    return jnp.where((k & 4)[:, None, None, None], view.swapaxes(1, 2), view)
 
 
 def eval_view(image: jax.Array, crop_px: int, crop_scale: float, gray_norm: float) -> jax.Array:

@@ -50,9 +50,11 @@ def augment(
         )
     else:
         boxes = jnp.asarray(preprocess.central_boxes(batch_size, height, width, 1.0))
-    view = preprocess.resample(image, boxes, config.crop_px)
     if config.dihedral:
-        view = preprocess.dihedral(view, jax.random.randint(keys[_DIHEDRAL], (batch_size,), 0, 8))
+        k = jax.random.randint(keys[_DIHEDRAL], (batch_size,), 0, 8)
+        view = preprocess.resample_dihedral(image, boxes, k, config.crop_px)
+    else:
+        view = preprocess.resample(image, boxes, config.crop_px)
     view = preprocess.shades_of_gray(view, config.shades_of_gray)
     reach = min(config.color * config.strength, 0.9)
     if reach:
@@ -155,7 +157,9 @@ def change_color(
     matrix = (brightness * contrast)[:, None, None] * (saturate @ turn)
     mean = image.mean((1, 2, 3))  # neither turn nor saturation moves the mean grey
     offset = brightness * (1 - contrast) * mean
-    changed = jnp.einsum("bhwc,bdc->bhwd", image, matrix) + offset[:, None, None, None]
+    # Not a matrix product: with three channels it is slow, and cannot be one pass with the rest.
+    parts = [image[..., c, None] * matrix[:, None, None, :, c] for c in range(3)]
+    changed = sum(parts) + offset[:, None, None, None]
     return jnp.clip(changed, 0.0, 1.0)
 
 

@@ -66,6 +66,14 @@ def test_dihedral_is_the_group_of_the_square():
     np.testing.assert_array_equal(each, views)
 
 
+def test_resample_dihedral_is_one_after_the_other():
+    images, k = jnp.asarray(np.repeat(IMAGES[:1], 8, 0)), jnp.arange(8)
+    boxes = jnp.tile(jnp.array([[3.3, 10.25, 20.5, 30.7]]), (8, 1))
+    together = preprocess.resample_dihedral(images, boxes, k, 24)
+    apart = preprocess.dihedral(preprocess.resample(images, boxes, 24), k)
+    np.testing.assert_allclose(together, apart, atol=1e-4)
+
+
 def test_eval_view_is_a_central_crop_scaled():
     view = jax.jit(preprocess.eval_view, static_argnums=(1, 2, 3))(
         jnp.asarray(IMAGES), 36, 1.0, 0.0
