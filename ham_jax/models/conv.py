@@ -61,12 +61,14 @@ def choose(x: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> F
         return Forms("shifted", "shifted", "scanned")
     if kh == kw == 1 and pads == ((0, 0), (0, 0)):
         return Forms("product", "product", "product")
-    if height * width <= 16 or (x[1] < kh and x[2] < kw):
-        return Forms("patches", "patches", "patches")
-    input_form = "patches" if height < kh and width < kw else "direct"
+    small = height * width <= 64 or (x[1] < kh and x[2] < kw)
+    forward = "patches" if small else "direct"
+    input_form = "patches" if small or (height < kh and width < kw) else "direct"
     if x[-1] < 16:
-        return Forms("direct", input_form, "patches")
-    return Forms("direct", input_form, "rows" if stride == 1 and x[-1] <= 128 else "taps")
+        return Forms(forward, input_form, "patches")
+    if stride == 1 and x[-1] <= 256:
+        return Forms(forward, input_form, "rows")
+    return Forms(forward, input_form, "patches" if small else "taps")
 
 
 def conv(

@@ -45,7 +45,7 @@ class ConvNorm(nnx.Module):
         self.conv = Conv(
             num_in, num_out, size, stride, depthwise=depthwise, same=True, dtype=dtype, rngs=rngs
         )
-        self.norm = Norm(num_out, epsilon=_EPSILON, dtype=dtype, rngs=rngs)
+        self.norm = Norm(num_out, epsilon=_EPSILON, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, num_in] -> [B, H / stride, W / stride, num_out], rounded up."""

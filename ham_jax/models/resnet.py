@@ -33,7 +33,7 @@ class Shortcut(nnx.Module):
     def __init__(self, num_in, num_out, stride, *, averaged, dtype, rngs):
         self.pool = stride if averaged else 1
         self.conv = conv.Conv(num_in, num_out, 1, 1 if averaged else stride, dtype=dtype, rngs=rngs)
-        self.norm = Norm(num_out, dtype=dtype, rngs=rngs)
+        self.norm = Norm(num_out, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, num_in] -> [B, H / stride, W / stride, num_out]."""
@@ -61,7 +61,7 @@ class Block(nnx.Module):
         for number, (size, num_out, step) in enumerate(layers, 1):
             zero = zero_init and number == len(layers)
             setattr(self, f"conv{number}", conv.Conv(channels, num_out, size, step, **make))
-            setattr(self, f"norm{number}", Norm(num_out, zero=zero, **make))
+            setattr(self, f"norm{number}", Norm(num_out, zero=zero, rngs=rngs))
             channels = num_out
         self.shortcut = (
             Shortcut(num_in, self.num_out, stride, averaged=averaged, **make)
@@ -87,14 +87,14 @@ class Stem(nnx.Module):
         self.deep = kind == "d"
         if self.deep:
             self.conv1 = conv.Conv(3, 32, 3, 2, **make)
-            self.norm1 = Norm(32, **make)
+            self.norm1 = Norm(32, rngs=rngs)
             self.conv2 = conv.Conv(32, 32, 3, **make)
-            self.norm2 = Norm(32, **make)
+            self.norm2 = Norm(32, rngs=rngs)
             self.conv = conv.Conv(32, 64, 3, **make)
         else:
             size, stride = (7, 2) if kind == "imagenet" else (3, 1)
             self.conv = conv.Conv(3, 64, size, stride, **make)
-        self.norm = Norm(64, **make)
+        self.norm = Norm(64, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, 3] -> [B, H / 4 or H, W / 4 or W, 64]."""

@@ -122,8 +122,29 @@ def test_bottleneck_block_equals_numpy(averaged):
     np.testing.assert_allclose(block(jnp.asarray(x, jnp.float32)), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_norm_and_its_gradients_are_batchnorms(train):
+    """Flax's own, with the statistics moved and every gradient by automatic differentiation."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    x, weights = 3 + 2 * draw(4, 5, 6, 3), draw(4, 5, 6, 3)
+    given = {"scale": draw(3), "bias": draw(3)}, {"mean": draw(3), "var": draw(3) ** 2}
+    results = []
+    for norm in (Norm(3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, momentum=0.9, rngs=nnx.Rngs(0))):
+        norm = nnx.view(norm, use_running_average=not train)
+        graph, *_ = nnx.split(norm, nnx.Param, nnx.BatchStat)
+
+        def loss(params, stats, x, graph=graph):
+            net = nnx.merge(graph, params, stats, copy=True)
+            y = net(x)
+            return (y * weights).sum(), (y, nnx.to_pure_dict(nnx.state(net, nnx.BatchStat)))
+
+        results.append(jax.value_and_grad(loss, (0, 2), has_aux=True)(*given, x))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *results)
+
+
 def test_bfloat16_evaluation_keeps_the_statistics_in_float32():
-    norm = Norm(1, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    norm = Norm(1, rngs=nnx.Rngs(0))
     norm.mean[...] = jnp.array([1000.3])  # the nearest bfloat16 is 1000
     out = nnx.view(norm, use_running_average=True)(jnp.full((1, 1, 1, 1), 1000, jnp.bfloat16))
     assert out.dtype == jnp.bfloat16
