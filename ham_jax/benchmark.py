@@ -1,6 +1,7 @@
 """Speed, measured side by side in one run, as a table and as JSON.
 
 python -m ham_jax.benchmark step      # a training step: ours, stock Flax, PyTorch where installed
+python -m ham_jax.benchmark loop --data=data/ham10000   # feed, augmentation and step together
 python -m ham_jax.benchmark conv      # each form of each convolution: is the rule still right?
 python -m ham_jax.benchmark feed --data=data/ham10000   # batches without a model
 python -m ham_jax.benchmark startup   # seconds from the command to the first step
@@ -10,7 +11,9 @@ round compares them within seconds, and the ratio given is the median of the rou
 """
 
 import contextlib
+import itertools
 import json
+import math
 import os
 import platform
 import shlex
@@ -32,7 +35,7 @@ from ham_jax import config as configuration
 from ham_jax import console, files
 
 _WORK = flags.DEFINE_multi_string(
-    "work", None, "step, conv: model:pixels:batch, such as resnet18:128:32; may be repeated."
+    "work", None, "step, loop, conv: model:pixels:batch, as resnet18:128:32; may be repeated."
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each contestant has its turn.", 1)
 _SECONDS = flags.DEFINE_float("seconds", 2.0, "How long a turn takes, about.", 0.01)
@@ -42,13 +45,13 @@ _TORCH = flags.DEFINE_string(
     "A Python that has torch, torchvision, efficientnet-lite-pytorch.",
 )
 _DATA = flags.DEFINE_string(
-    "data", None, "feed: photographs and metadata; default: the demonstration's synthetic lesions."
+    "data", None, "loop, feed: photographs and metadata; default: the demonstration's lesions."
 )
 _ORIGINALS = flags.DEFINE_string(
     "originals", None, "feed: a folder of photographs for those who decode; default: --data."
 )
 _JSON = flags.DEFINE_string("json", None, "The file to write; default: runs/benchmark/<what>.json.")
-_CONTESTANT = flags.DEFINE_string("contestant", None, "Internal: run as a worker of `step`.")
+_CONTESTANT = flags.DEFINE_string("contestant", None, "Internal: run as a worker.")
 
 _ON_CPU = ("resnet18:64:32", "efficientnet_lite0:128:32", "resnet18:128:32", "resnet50:224:8")
 _ON_ACCELERATOR = ("resnet50:224:256", "efficientnet_lite0:224:256")
@@ -118,47 +121,76 @@ def step() -> dict[str, Any]:
     """Images/s of whole training steps with data on the device, without augmentation."""
     results = {}
     for work in _WORK.value or (_ON_CPU if _platform() == "cpu" else _ON_ACCELERATOR):
-        name, px, batch = work.split(":")
-        ours = [sys.executable, "-m", "ham_jax.benchmark", "step", f"--work={work}"]
-        commands = {form: [*ours, f"--contestant={form}"] for form in ("ours", "stock Flax")}
+        commands = {form: _own_command("step", work, form) for form in ("ours", "stock Flax")}
         if _has_torch():
-            peer = [_TORCH.value, str(_PEERS / "torch_step.py"), f"--model={name}"]
             for form in ("eager", "compile"):
-                commands[f"PyTorch {form}"] = [
-                    *(*peer, f"--px={px}", f"--batch={batch}", f"--form={form}")
-                ]
-        with contextlib.ExitStack() as stack, console.progress(work) as progress:
-            contestants = [
-                stack.enter_context(Contestant(*item)) for item in commands.items()
-            ]  # one after the other: each warms up alone
-            if len({c.about["parameters"] for c in contestants}) > 1:
-                raise RuntimeError(f"{work}: the networks differ in their number of parameters.")
-            turns = {c.name: _turn(c, int(batch)) for c in contestants}
-            rates = rounds(turns, progress)
-        results[work] = compared(rates)
-        for contestant in contestants:
-            results[work][contestant.name] |= contestant.about
-        _table(f"{work}: images/s of a training step", results[work])
+                commands[f"PyTorch {form}"] = [*_peer_command("torch_step", work), f"--form={form}"]
+        # While a contestant waited, the system took back memory; its first step asks for it anew.
+        results[work] = _contest(work, commands, "a training step", untimed=1)
     return results
 
 
-def _turn(contestant: Contestant, batch_size: int) -> Callable[[], float]:
+def loop() -> dict[str, Any]:
+    """Images/s of training on the same photographs: feed, augmentation and step together."""
+    results = {}
+    config = _with_data(configuration.base())
+    for work in _WORK.value or (_ON_CPU[1:2] if _platform() == "cpu" else _ON_ACCELERATOR[:1]):
+        commands = {"ours": _own_command("loop", work, "ours")}
+        if _has_torch():
+            peer = [*_peer_command("torch_loop", work), f"--images={config.data.dir}"]
+            commands["PyTorch"] = [*peer, f"--workers={_num_cores()}"]
+        untimed = 2 * _num_cores()  # what was loaded ahead while others had their turns
+        results[work] = _contest(work, commands, "a training loop", untimed)
+    return results
+
+
+def _own_command(what: str, work: str, form: str) -> list[str]:
+    command = [sys.executable, "-m", "ham_jax.benchmark", what, f"--work={work}"]
+    return [*command, f"--contestant={form}", *([f"--data={_DATA.value}"] if _DATA.value else [])]
+
+
+def _peer_command(script: str, work: str) -> list[str]:
+    name, px, batch = work.split(":")
+    command = [_TORCH.value, str(_PEERS / f"{script}.py"), f"--model={name}"]
+    return [*command, f"--px={px}", f"--batch={batch}"]
+
+
+def _contest(
+    work: str, commands: Mapping[str, Sequence[str]], of_what: str, untimed: int
+) -> dict[str, Any]:
+    """Lets workers that take training steps have their turns; returns and prints their rates."""
+    with contextlib.ExitStack() as stack, console.progress(work) as progress:
+        contestants = [
+            stack.enter_context(Contestant(*item)) for item in commands.items()
+        ]  # one after the other: each warms up alone
+        if len({c.about["parameters"] for c in contestants}) > 1:
+            raise RuntimeError(f"{work}: the networks differ in their number of parameters.")
+        turns = {c.name: _turn(c, int(work.split(":")[2]), untimed) for c in contestants}
+        results: dict[str, Any] = compared(rounds(turns, progress))
+    for contestant in contestants:
+        results[contestant.name] |= contestant.about
+    _table(f"{work}: images/s of {of_what}", results)
+    return results
+
+
+def _turn(contestant: Contestant, batch_size: int, untimed: int) -> Callable[[], float]:
     num_steps = max(1, round(_SECONDS.value / contestant.work(1)))
 
     def turn() -> float:
-        # While it waited the system took back memory; the first step has to ask for it anew.
-        contestant.work(1)
+        contestant.work(untimed)
         return num_steps * batch_size / contestant.work(num_steps)
 
     return turn
 
 
-def _worker(form: str) -> None:
-    """`step`'s own contestants: obeys until its standard input ends."""
+def _worker(what: str, form: str) -> None:
+    """The own contestants of `step` and `loop`: obeys until its standard input ends."""
     import jax
     import numpy as np
 
     from ham_jax import models, parallel
+    from ham_jax.data import feed as feeds
+    from ham_jax.data import prepare
     from ham_jax.models import conv
     from ham_jax.training import losses, optim
     from ham_jax.training import step as training_step
@@ -166,22 +198,30 @@ def _worker(form: str) -> None:
     parallel.compile_cache()
     mesh = parallel.mesh()
     config, batch_size = _config_of(_WORK.value[0])
+    if what == "loop":
+        config = _with_data(config)
+        records, rows = prepare.prepare(config).select("train")
+        kind = feeds.choose("auto", len(rows) * math.prod(records.canvas) * 3, mesh)
+        order = feeds.shuffled(rows, batch_size, 0)
+        batches = feeds.batches(kind, records, rows, order, range(10**9), mesh)
+    else:
+        config.augment.strength, config.augment.dihedral = 0.0, False
+        px = config.augment.crop_px
+        image = np.random.default_rng(0).integers(0, 256, (batch_size, px, px, 3))
+        label = np.arange(batch_size, dtype=np.int32) % 7
+        batch = parallel.shard(mesh, {"image": image.astype(np.uint8), "label": label})
+        batches = itertools.repeat(batch)
     network = models.build(config.model, 7)
     params = jax.eval_shape(lambda: network.init(0)[0])
     optimizer = optim.make(config.optim, optim.schedule(config.optim, 0, 10**6), params)
     loss = losses.make_loss(config.loss, np.ones(7))
     take = training_step.make_train_step(network, optimizer, loss, config, mesh)
     state = training_step.init_state(network, optimizer, config, mesh)
-    image = np.random.default_rng(0).integers(0, 256, (batch_size, *config.data.canvas, 3))
-    batch = parallel.shard(
-        mesh,
-        {"image": image.astype(np.uint8), "label": np.arange(batch_size, dtype=np.int32) % 7},
-    )
     stock = conv.stock() if form == "stock Flax" else contextlib.nullcontext()
     with stock:
-        compiled = take.lower(state, batch).compile()
+        compiled = take.lower(state, next(batches)).compile()
     for _ in range(2):
-        state, scalars = compiled(state, batch)
+        state, scalars = compiled(state, next(batches))
     jax.block_until_ready(scalars)
     device = jax.devices()[0]
     cost = compiled.cost_analysis() or {}
@@ -195,19 +235,27 @@ def _worker(form: str) -> None:
     for line in sys.stdin:
         start = time.perf_counter()
         for _ in range(int(line)):
-            state, scalars = compiled(state, batch)
+            state, scalars = compiled(state, next(batches))
         jax.block_until_ready(scalars)
         print(time.perf_counter() - start, flush=True)
 
 
+def _with_data(config):
+    """Sets data.dir to --data or to the demonstration's synthetic lesions."""
+    config.data.allow_partial = True
+    if _DATA.value:
+        config.data.dir = _DATA.value
+    else:
+        config.data.dir, config.data.synthetic_images = "data/demo", 800
+    return config
+
+
 def _config_of(work: str):
-    """Returns a configuration without augmentation for model:pixels:batch, and the batch size."""
+    """Returns the configuration of model:pixels:batch, and the batch size."""
     name, px, batch = work.split(":")
     config = configuration.base()
     config.model.name = name
-    config.data.canvas = (int(px), int(px))
     config.augment.crop_px = int(px)
-    config.augment.strength, config.augment.dihedral = 0.0, False
     config.train.batch_size = int(batch)
     configuration.validate(config)
     return config, int(batch)
@@ -333,13 +381,8 @@ def feed() -> dict[str, Any]:
 
     parallel.compile_cache()
     mesh = parallel.mesh()
-    config = configuration.base()
+    config = _with_data(configuration.base())
     config.augment.color = 0.0
-    config.data.allow_partial = True
-    if _DATA.value:
-        config.data.dir = _DATA.value
-    else:
-        config.data.dir, config.data.synthetic_images = "data/demo", 800
     batch_size, px = config.train.batch_size, config.augment.crop_px
     records, rows = prepare.prepare(config).select("train")
     order = feeds.shuffled(rows, batch_size, 0)
@@ -358,9 +401,8 @@ def feed() -> dict[str, Any]:
     common = [f"--images={originals}", f"--px={px}", f"--batch={batch_size}"]
     peers = {"tf.data decode": [sys.executable, str(_PEERS / "tf_feed.py"), *common]}
     if _has_torch():
-        cores = len(os.sched_getaffinity(0))
-        command = [_TORCH.value, str(_PEERS / "torch_feed.py"), *common, f"--workers={cores}"]
-        peers["PyTorch DataLoader"] = command
+        command = [_TORCH.value, str(_PEERS / "torch_feed.py"), *common]
+        peers["PyTorch DataLoader"] = [*command, f"--workers={_num_cores()}"]
     with contextlib.ExitStack() as stack, console.progress("feed") as progress:
         contestants = [stack.enter_context(Contestant(*item)) for item in peers.items()]
         turns |= {contestant.name: _peer_turn(contestant) for contestant in contestants}
@@ -439,6 +481,10 @@ def _has_torch() -> bool:
     return not found.returncode
 
 
+def _num_cores() -> int:
+    return os.cpu_count() or 1
+
+
 def _platform() -> str:
     import jax
 
@@ -458,9 +504,9 @@ def main(argv: list[str]) -> None:
     """Runs the benchmark that the first argument names."""
     logging.set_verbosity(logging.WARNING)
     if _CONTESTANT.value:
-        _worker(_CONTESTANT.value)
+        _worker(argv[1], _CONTESTANT.value)
         return
-    what = {"step": step, "conv": conv, "feed": feed, "startup": startup}
+    what = {"step": step, "loop": loop, "conv": conv, "feed": feed, "startup": startup}
     if len(argv) != 2 or argv[1] not in what:
         raise app.UsageError(f"Say one of {', '.join(what)}.")
     results = what[argv[1]]()

@@ -18,9 +18,9 @@ from torchvision.transforms import v2
 
 
 class Photographs(torch.utils.data.Dataset):
-    """A folder of JPEG files, seen `repeats` times."""
+    """A folder of JPEG files, seen `repeats` times; `more` transforms follow crop and flips."""
 
-    def __init__(self, folder: Path, px: int, repeats: int):
+    def __init__(self, folder: Path, px: int, repeats: int, more=()):
         self.files = sorted(folder.rglob("*.jpg")) * repeats
         self.view = v2.Compose(
             [
@@ -28,6 +28,7 @@ class Photographs(torch.utils.data.Dataset):
                 v2.RandomResizedCrop(px, (0.4, 1.0), antialias=True),
                 v2.RandomHorizontalFlip(),
                 v2.RandomVerticalFlip(),
+                *more,
                 v2.ToDtype(torch.float32, scale=True),
             ]
         )

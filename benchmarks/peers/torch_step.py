@@ -7,6 +7,7 @@ seconds that they took.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -29,58 +30,67 @@ def network(name: str, px: int) -> torch.nn.Module:
     return getattr(torchvision.models, name)(num_classes=7, zero_init_residual=True)
 
 
+class Step:
+    """A training step of a network on the device there is, forward `eager` or `compile`d."""
+
+    def __init__(self, name: str, px: int, form: str):
+        torch.manual_seed(0)
+        self.gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda" if self.gpu else "cpu")
+        torch.backends.cudnn.benchmark = True
+        self.net = network(name, px).to(self.device, memory_format=torch.channels_last).train()
+        self.optimizer = torch.optim.SGD(
+            self.net.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4
+        )
+        self.loss = torch.compile(self._loss) if form == "compile" else self._loss
+
+    def _loss(self, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.gpu):
+            return torch.nn.functional.cross_entropy(self.net(image), label)
+
+    def __call__(self, image: torch.Tensor, label: torch.Tensor) -> None:
+        """Takes a step with float images [B, 3, px, px] and labels [B] on the device."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss(image, label).backward()
+        self.optimizer.step()
+
+    def finish(self) -> None:
+        """Waits for the device."""
+        if self.gpu:
+            torch.cuda.synchronize()
+
+    def obey(self, batches) -> None:
+        """Warms up, says so, and takes as many steps as it is told to, again and again."""
+        for _ in range(3):
+            self(*next(batches))
+        self.finish()
+        about = {
+            "parameters": sum(p.numel() for p in self.net.parameters()),
+            "device": torch.cuda.get_device_name() if self.gpu else "cpu",
+            "versions": {"torch": torch.__version__},
+        }
+        print(json.dumps(about), flush=True)
+        for line in sys.stdin:
+            start = time.perf_counter()
+            for _ in range(int(line)):
+                self(*next(batches))
+            self.finish()
+            print(time.perf_counter() - start, flush=True)
+
+
 def main() -> None:
-    """Warms up and obeys."""
+    """Obeys with one batch, which lies on the device."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--px", type=int, required=True)
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--form", choices=["eager", "compile"], required=True)
     flags = parser.parse_args()
-    torch.manual_seed(0)
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if gpu else "cpu")
-    torch.backends.cudnn.benchmark = True
-
-    net = network(flags.model, flags.px).to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(
-        net.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4
-    )
-    image = torch.rand(flags.batch, 3, flags.px, flags.px, device=device)
+    step = Step(flags.model, flags.px, flags.form)
+    image = torch.rand(flags.batch, 3, flags.px, flags.px, device=step.device)
     image = image.contiguous(memory_format=torch.channels_last)
-    label = torch.arange(flags.batch, device=device) % 7
-
-    def forward() -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
-            return torch.nn.functional.cross_entropy(net(image), label)
-
-    if flags.form == "compile":
-        forward = torch.compile(forward)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        forward().backward()
-        optimizer.step()
-
-    def finish() -> None:
-        if gpu:
-            torch.cuda.synchronize()
-
-    for _ in range(3):
-        step()
-    finish()
-    about = {
-        "parameters": sum(p.numel() for p in net.parameters()),
-        "device": torch.cuda.get_device_name() if gpu else "cpu",
-        "versions": {"torch": torch.__version__},
-    }
-    print(json.dumps(about), flush=True)
-    for line in sys.stdin:
-        start = time.perf_counter()
-        for _ in range(int(line)):
-            step()
-        finish()
-        print(time.perf_counter() - start, flush=True)
+    label = torch.arange(flags.batch, device=step.device) % 7
+    step.obey(itertools.repeat((image, label)))
 
 
 if __name__ == "__main__":

@@ -100,6 +100,18 @@ def test_what_cannot_be_read_says_why(data, reason, tmp_path):
         image.load(tmp_path / "b.jpg", (30, 40))
 
 
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same():
+    picture = Image.fromarray(SMOOTH).resize((640, 480), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored as a portrait
+    data = encode(picture.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=95, exif=exif)
+    whole = encode(Image.open(io.BytesIO(data)), "PNG", exif=exif)
+    difference = image.load(data, (96, 128)) - image.load(whole, (96, 128)).astype(float)
+    assert 0 < np.sqrt((difference**2).mean()) < 1  # grey levels; 0 would mean: not decoded small
+    spared = image.load(data, (240, 320)) - image.load(whole, (240, 320)).astype(float)
+    assert not spared.any()  # half the size would leave nothing to spare
+
+
 def test_many_keep_their_order_and_their_errors_over_processes(tmp_path):
     files = []
     for number in range(40):
