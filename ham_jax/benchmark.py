@@ -37,7 +37,7 @@ from ham_jax import console, files
 _WORK = flags.DEFINE_multi_string(
     "work", None, "step, loop, conv: model:pixels:batch, as resnet18:128:32; may be repeated."
 )
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each contestant has its turn.", 1)
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "How often each contestant has its turn.", 1)
 _SECONDS = flags.DEFINE_float("seconds", 2.0, "How long a turn takes, about.", 0.01)
 _TORCH = flags.DEFINE_string(
     "torch_python",
