@@ -220,8 +220,7 @@ def _worker(what: str, form: str) -> None:
     stock = conv.stock() if form == "stock Flax" else contextlib.nullcontext()
     with stock:
         compiled = take.lower(state, next(batches)).compile()
-    for _ in range(2):
-        state, scalars = compiled(state, next(batches))
+    state, scalars = compiled(state, next(batches))
     jax.block_until_ready(scalars)
     device = jax.devices()[0]
     cost = compiled.cost_analysis() or {}
