@@ -55,11 +55,11 @@ def _within_reach(
 
 def _weighted(image: jax.Array, pixel: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
     """Sums each output pixel's weighted input pixels along an axis of each image."""
-    weight = weight.reshape(len(image), *(1,) * axis, *weight.shape[1:])
-    weight = weight[(..., *(None,) * (image.ndim - axis - 2), slice(None))]
+    shape = [1] * image.ndim
+    shape[0], shape[axis + 1] = weight.shape[:2]
     take = jax.vmap(lambda image, pixel: image.take(pixel, axis, mode="clip"))
     taps = range(pixel.shape[-1])
-    return sum(take(image, pixel[..., tap]) * weight[..., tap] for tap in taps)
+    return sum(take(image, pixel[..., tap]) * weight[..., tap].reshape(shape) for tap in taps)
 
 
 def central_boxes(batch_size: int, height: int, width: int, scale: float) -> np.ndarray:
