@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import statistics
@@ -36,6 +37,11 @@ from ham_jax import console, files
 
 _WORK = flags.DEFINE_multi_string(
     "work", None, "step, loop, conv: model:pixels:batch, as resnet18:128:32; may be repeated."
+)
+flags.register_validator(
+    "work",
+    lambda works: all(re.fullmatch(r"\w+:\d+:\d+", work) for work in works or ()),
+    "must be model:pixels:batch, such as resnet18:128:32.",
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "How often each contestant has its turn.", 1)
 _SECONDS = flags.DEFINE_float("seconds", 2.0, "How long a turn takes, about.", 0.01)

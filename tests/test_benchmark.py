@@ -30,6 +30,26 @@ def test_the_ratio_is_the_median_of_the_rounds_ratios():
     assert compared["other"] == {"median": 10, "min": 10, "max": 40, "ratio": 1}
 
 
+def test_a_turn_counts_only_what_follows_its_untimed_steps():
+    told = []
+
+    class Recorder:
+        def work(self, amount):
+            told.append(amount)
+            return 0.5 * amount
+
+    flags.FLAGS.mark_as_parsed()
+    with flagsaver.flagsaver(seconds=2.0):
+        assert benchmark._turn(Recorder(), batch_size=8, untimed=3)() == 16
+    assert told == [1, 3, 4]
+
+
+def test_work_of_another_form_is_refused():
+    flags.FLAGS.mark_as_parsed()
+    with pytest.raises(flags.IllegalFlagValueError, match="model:pixels:batch"):
+        flags.FLAGS.work = ["resnet18:128"]
+
+
 @pytest.fixture
 def one_small_work():
     flags.FLAGS.mark_as_parsed()

@@ -93,6 +93,7 @@ class ZipMember:
         """
         try:
             return _zip(self.zip_path).read(self.name)
+        # The last two are zipfile's for an encrypted member and for an unknown compression.
         except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
             raise OSError(f"zip: {error}") from error
 

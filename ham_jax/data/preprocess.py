@@ -41,7 +41,10 @@ def resample(image: jax.Array, boxes: jax.Array, size_px: int) -> jax.Array:
 def _within_reach(
     start: jax.Array, length: jax.Array, num_pixels: int, size_px: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the input pixels of each output pixel and their weights, [B, size_px, taps] each."""
+    """Returns the input pixels of each output pixel and their weights, [B, size_px, taps] each.
+
+    Pixels outside the image have weight 0.
+    """
     scale = (length / size_px)[:, None, None]
     reach = jnp.maximum(jnp.abs(scale), 1.0)
     center = start[:, None, None] + (jnp.arange(size_px)[:, None] + 0.5) * scale
@@ -50,7 +53,7 @@ def _within_reach(
     pixel = jnp.floor(center - reach + 0.5).astype(jnp.int32) + jnp.arange(num_taps)
     weight = jnp.maximum(1.0 - jnp.abs(pixel + 0.5 - center) / reach, 0.0)
     weight = jnp.where((pixel >= 0) & (pixel < num_pixels), weight, 0.0)
-    return jnp.clip(pixel, 0, num_pixels - 1), weight / weight.sum(-1, keepdims=True)
+    return pixel, weight / weight.sum(-1, keepdims=True)
 
 
 def _weighted(image: jax.Array, pixel: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
