@@ -5,8 +5,9 @@ step: resuming costs nothing and is exact. Two feeds carry the same pixels to th
 `stream` reads records as they are needed, with tf.data; `resident` keeps the whole split as one
 uint8 array in device memory and gathers from it there.
 
-A batch is `{'image': uint8 [B, H, W, 3], 'label': int32 [B]}`, sharded over the mesh axis `data`.
-Row i of a batch is the same image on any number of devices and processes.
+A batch is `{'image': uint8 [B, H, W, 3], 'label': int32 [B]}`, with `'metadata'`, float32 [B, M],
+where it is asked for, sharded over the mesh axis `data`. Row i of a batch is the same image on any
+number of devices and processes.
 """
 
 import functools
@@ -97,6 +98,7 @@ def batches(
     steps: range,
     mesh: jax.sharding.Mesh,
     together: Callable[[int], int] = lambda step: 1,
+    metadata: np.ndarray | None = None,
 ) -> Iterator[dict[str, jax.Array]]:
     """Yields the batch of each step.
 
@@ -109,15 +111,20 @@ def batches(
       mesh: the devices, axis `data`.
       together: step -> how many steps from it on come as one batch, stacked along a new first
         axis where it is more than one; only of the resident feed.
+      metadata: float32 [number of records, M], for a network that takes it.
     """
-    labels = records.table["label"].to_numpy(np.int32)
+    known = {"label": records.table["label"].to_numpy(np.int32)}
+    if metadata is not None:
+        known["metadata"] = metadata
 
     def local(numbers: np.ndarray) -> np.ndarray:
         return numbers[..., parallel.local_rows(mesh, numbers.shape[-1])]
 
     if feed == "stream":
         for step, image in zip(steps, _streamed(records, order, steps, mesh), strict=True):
-            yield {"image": image, "label": parallel.shard(mesh, labels[local(order(step))])}
+            mine = local(order(step))
+            rest = {name: values[mine] for name, values in known.items()}
+            yield {"image": image, **parallel.shard(mesh, rest)}
         return
     gather = _resident(records, rows, mesh)
     step = steps.start
@@ -125,32 +132,45 @@ def batches(
         count = together(step)
         numbers = np.stack([order(n) for n in range(step, step + count)])
         mine = local(numbers if count > 1 else numbers[0])
-        yield {"image": gather(mine), "label": parallel.shard(mesh, labels[mine], mine.ndim - 1)}
+        rest = {name: values[mine] for name, values in known.items()}
+        yield {"image": gather(mine), **parallel.shard(mesh, rest, mine.ndim - 1)}
         step += count
 
 
 def sequential(
-    records: Records, rows: np.ndarray, batch_size: int, mesh: jax.sharding.Mesh
-) -> Iterator[tuple[jax.Array, int]]:
-    """Yields (image uint8 [B, H, W, 3] on the mesh, number of true rows): each row once, in order.
+    records: Records,
+    rows: np.ndarray,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+    metadata: np.ndarray | None = None,
+) -> Iterator[tuple[dict[str, jax.Array], int]]:
+    """Yields (batch without label, number of true rows): each row once, in order.
 
     The last batch is filled up with its last row; only the first number of true rows count.
     The next batch is read while the caller works on this one.
+
+    Args:
+      records: where the images are.
+      rows: record numbers.
+      batch_size: B.
+      mesh: the devices, axis `data`.
+      metadata: float32 [number of records, M], for a network that takes it.
     """
     local = parallel.local_rows(mesh, batch_size)
 
-    def read(start: int) -> tuple[np.ndarray, int]:
+    def read(start: int) -> tuple[dict[str, np.ndarray], int]:
         chosen = rows[start : start + batch_size]
-        padded = np.pad(chosen, (0, batch_size - len(chosen)), mode="edge")
-        return records.read(padded[local]), len(chosen)
+        mine = np.pad(chosen, (0, batch_size - len(chosen)), mode="edge")[local]
+        rest = {} if metadata is None else {"metadata": metadata[mine]}
+        return {"image": records.read(mine), **rest}, len(chosen)
 
     with ThreadPoolExecutor(1) as reader:
         ahead = None
         for start in [*range(0, len(rows), batch_size), None]:
             ready, ahead = ahead, None if start is None else reader.submit(read, start)
             if ready is not None:
-                image, count = ready.result()
-                yield parallel.shard(mesh, image), count
+                batch, count = ready.result()
+                yield parallel.shard(mesh, batch), count
 
 
 def _streamed(records, order, steps, mesh) -> Iterator[jax.Array]:

@@ -73,16 +73,17 @@ def evaluate(
     rows: np.ndarray,
     batch_size: int,
     mesh: jax.sharding.Mesh,
+    metadata: np.ndarray | None = None,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Returns (`metrics.compute`'s numbers, probabilities float64 [n, 7]) of the given rows.
 
-    Each row is computed exactly once.
+    Each row is computed exactly once. A network that takes metadata needs it of every record.
     """
     batches = []
     with console.progress("Evaluating") as progress:
         done = 0
-        for image, count in feed.sequential(records, rows, batch_size, mesh):
-            batches.append(np.asarray(predict(variables, image))[:count])
+        for batch, count in feed.sequential(records, rows, batch_size, mesh, metadata):
+            batches.append(np.asarray(predict(variables, **batch))[:count])
             done += count
             progress(done, len(rows))
     probabilities = normalised(np.concatenate(batches))

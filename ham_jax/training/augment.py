@@ -21,8 +21,11 @@ def augment(
     label: jax.Array,
     config: ml_collections.ConfigDict,
     num_classes: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns a random view of each image and its target.
+    metadata: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Returns a random view of each image, its target and its metadata.
+
+    Where images are mixed, so is what belongs to them, by the same shares.
 
     `strength` scales the range of the crops' areas, the colour changes and the cutout; at 0 each
     image is the central square that evaluation sees, flipped and turned.
@@ -33,9 +36,10 @@ def augment(
       label: int32 [B].
       config: the section `augment`.
       num_classes: C.
+      metadata: float32 [B, M], or None.
 
     Returns:
-      (float32 [B, crop_px, crop_px, 3], float32 [B, C]).
+      (float32 [B, crop_px, crop_px, 3], float32 [B, C], float32 [B, M] or None).
     """
     keys = [jax.random.fold_in(key, number) for number in range(7)]
     batch_size, height, width, _ = image.shape
@@ -64,7 +68,11 @@ def augment(
         centers = jax.random.uniform(keys[_CUTOUT], (batch_size, 2))
         view = cutout(view, centers, round(side * config.crop_px))
     target = jax.nn.one_hot(label, num_classes)
-    return _mixed(keys, view, target, config)
+    if metadata is None:
+        return *_mixed(keys, view, target, config), None
+    both = jnp.concatenate([target, metadata], axis=-1)
+    view, both = _mixed(keys, view, both, config)
+    return view, both[:, :num_classes], both[:, num_classes:]
 
 
 def _mixed(keys, view, target, config) -> tuple[jax.Array, jax.Array]:

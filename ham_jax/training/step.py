@@ -108,7 +108,7 @@ def make_train_step(
 
     def train_step(state: State, batch: Batch):
         key = jax.random.fold_in(root, state["step"])
-        image, target = augment.augment(
+        image, target, _ = augment.augment(
             key, batch["image"], batch["label"], config.augment, len(CLASSES)
         )
         (value, (accuracy, batch_stats)), grads = gradient(

@@ -87,12 +87,36 @@ def test_steps_that_go_together_are_stacked(records):
 
 def test_sequential_shows_each_row_once_and_pads_the_last_batch(records):
     rows = np.arange(5, 42)
-    seen = [
-        np.asarray(image)[:count]
-        for image, count in feed.sequential(records, rows, 16, parallel.mesh())
-    ]
-    assert [len(part) for part in seen] == [16, 16, 5]
-    np.testing.assert_array_equal(np.concatenate(seen), records.read(rows))
+    known = np.random.default_rng(0).normal(size=(len(records.table), 3)).astype(np.float32)
+    for metadata in (None, known):
+        seen = [
+            {name: np.asarray(array)[:count] for name, array in batch.items()}
+            for batch, count in feed.sequential(records, rows, 16, parallel.mesh(), metadata)
+        ]
+        assert [len(part["image"]) for part in seen] == [16, 16, 5]
+        whole = {name: np.concatenate([part[name] for part in seen]) for name in seen[0]}
+        np.testing.assert_array_equal(whole.pop("image"), records.read(rows))
+        assert whole.keys() == (set() if metadata is None else {"metadata"})
+        if whole:
+            np.testing.assert_array_equal(whole["metadata"], known[rows])
+
+
+def test_both_feeds_bring_metadata_where_it_is_asked_for(records):
+    rows = np.arange(len(records.table))
+    order = feed.shuffled(rows, 8, seed=2)
+    known = np.random.default_rng(0).normal(size=(len(rows), 3)).astype(np.float32)
+    ask = (records, rows, order, range(4), parallel.mesh())
+    streamed = list(feed.batches("stream", *ask, metadata=known))
+    resident = list(feed.batches("resident", *ask, metadata=known))
+    for step, pair in enumerate(zip(streamed, resident, strict=True)):
+        for batch in pair:
+            np.testing.assert_array_equal(batch["metadata"], known[order(step)])
+            assert batch["metadata"].sharding.spec == batch["label"].sharding.spec
+    (stacked,) = feed.batches("resident", *ask, together=lambda step: 4, metadata=known)
+    np.testing.assert_array_equal(
+        stacked["metadata"], np.stack([known[order(n)] for n in range(4)])
+    )
+    assert "metadata" not in next(feed.batches("resident", *ask))
 
 
 WORKER = textwrap.dedent("""

@@ -25,7 +25,7 @@ def settings(**changes):
 
 def run(key=0, **changes):
     c = settings(**changes)
-    function = jax.jit(lambda k, i, t: augment.augment(k, i, t, c, 7))
+    function = jax.jit(lambda k, i, t: augment.augment(k, i, t, c, 7)[:2])
     return jax.tree.map(np.asarray, function(jax.random.key(key), IMAGES, LABELS))
 
 
@@ -121,6 +121,17 @@ def test_targets_stay_probabilities(mixing):
         np.testing.assert_allclose(target.sum(-1), 1, atol=1e-6)
         assert view.min() >= 0
         assert view.max() <= 1
+
+
+@pytest.mark.parametrize("mixing", [{"mixup": 1.0}, {"cutmix": 1.0}, {}])
+def test_metadata_mixes_as_the_targets_do_and_changes_nothing_else(mixing):
+    c = settings(**mixing)
+    function = jax.jit(lambda k, i, t, m: augment.augment(k, i, t, c, 7, m))
+    key, one_hot = jax.random.key(3), np.eye(7, dtype=np.float32)[LABELS]
+    view, target, metadata = function(key, IMAGES, LABELS, 2 * one_hot)
+    np.testing.assert_allclose(metadata, 2 * target, rtol=1e-6)
+    without = run(3, **mixing)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), (view, target), without)
 
 
 def test_one_and_eight_devices_see_the_same_views():
