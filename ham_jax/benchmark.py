@@ -4,6 +4,7 @@ python -m ham_jax.benchmark step      # a training step: ours, stock Flax, PyTor
 python -m ham_jax.benchmark loop --data=data/ham10000   # feed, augmentation and step together
 python -m ham_jax.benchmark conv      # each form of each convolution: is the rule still right?
 python -m ham_jax.benchmark feed --data=data/ham10000   # batches without a model
+python -m ham_jax.benchmark memory    # of a training step, as compiled
 python -m ham_jax.benchmark startup   # seconds from the command to the first step
 
 Absolute times differ from hour to hour on a shared machine. So the contestants take turns, each
@@ -61,6 +62,7 @@ _CONTESTANT = flags.DEFINE_string("contestant", None, "Internal: run as a worker
 
 _ON_CPU = ("resnet18:64:32", "efficientnet_lite0:128:32", "resnet18:128:32", "resnet50:224:8")
 _ON_ACCELERATOR = ("resnet50:224:256", "efficientnet_lite0:224:256")
+_CONFIGS = ("demo:", "resnet:18", "resnet:50", "efficientnet_lite:0")
 _PEERS = Path(__file__).parents[1] / "benchmarks" / "peers"
 
 
@@ -194,12 +196,10 @@ def _worker(what: str, form: str) -> None:
     import jax
     import numpy as np
 
-    from ham_jax import models, parallel
+    from ham_jax import parallel
     from ham_jax.data import feed as feeds
     from ham_jax.data import prepare
     from ham_jax.models import conv
-    from ham_jax.training import losses, optim
-    from ham_jax.training import step as training_step
 
     parallel.compile_cache()
     mesh = parallel.mesh()
@@ -217,12 +217,8 @@ def _worker(what: str, form: str) -> None:
         label = np.arange(batch_size, dtype=np.int32) % 7
         batch = parallel.shard(mesh, {"image": image.astype(np.uint8), "label": label})
         batches = itertools.repeat(batch)
-    network = models.build(config.model, 7)
-    params = jax.eval_shape(lambda: network.init(0)[0])
-    optimizer = optim.make(config.optim, optim.schedule(config.optim, 0, 10**6), params)
-    loss = losses.make_loss(config.loss, np.ones(7))
-    take = training_step.make_train_step(network, optimizer, loss, config, mesh)
-    state = training_step.init_state(network, optimizer, config, mesh)
+    take, initial = _train_step(config, mesh)
+    state = initial()
     stock = conv.stock() if form == "stock Flax" else contextlib.nullcontext()
     with stock:
         compiled = take.lower(state, next(batches)).compile()
@@ -231,7 +227,7 @@ def _worker(what: str, form: str) -> None:
     device = jax.devices()[0]
     cost = compiled.cost_analysis() or {}
     about = {
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state["params"])),
         "gigaflop_per_image": cost.get("flops", 0) / batch_size / 1e9,
         "device": f"{jax.device_count()} x {device.device_kind}",
         "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax")},
@@ -243,6 +239,57 @@ def _worker(what: str, form: str) -> None:
             state, scalars = compiled(state, next(batches))
         jax.block_until_ready(scalars)
         print(time.perf_counter() - start, flush=True)
+
+
+def _train_step(config, mesh):
+    """Returns (the compiled step to be, a function that makes its state)."""
+    import jax
+    import numpy as np
+
+    from ham_jax import models
+    from ham_jax.training import losses, optim
+    from ham_jax.training import step as training_step
+
+    network = models.build(config.model, 7)
+    params = jax.eval_shape(lambda: network.init(0)[0])
+    optimizer = optim.make(config.optim, optim.schedule(config.optim, 0, 10**6), params)
+    loss = losses.make_loss(config.loss, np.ones(7))
+    take = training_step.make_train_step(network, optimizer, loss, config, mesh)
+    return take, lambda: training_step.init_state(network, optimizer, config, mesh)
+
+
+def memory() -> dict[str, Any]:
+    """GB that a training step of each configuration takes, as the compiler plans it; none is taken.
+
+    The state before and after it (the same memory on GPU and TPU, where it is donated), the batch,
+    and what lies between forward and backward. Neither the resident photographs nor Python.
+    """
+    import jax
+    import numpy as np
+
+    from ham_jax import parallel
+
+    mesh, results, rows = parallel.mesh(), {}, []
+    for name in _CONFIGS:
+        config = configuration.load(f"configs/{name.replace(':', '.py:', 1)}")
+        batch_size = config.train.batch_size
+        take, initial = _train_step(config, mesh)
+        image = jax.ShapeDtypeStruct((batch_size, *config.data.canvas, 3), np.uint8)
+        label = jax.ShapeDtypeStruct((batch_size,), np.int32)
+        with console.progress(name):
+            step = take.lower(jax.eval_shape(initial), {"image": image, "label": label}).compile()
+        plan = step.memory_analysis()
+        parts = {
+            "state and batch": plan.argument_size_in_bytes,
+            "new state": plan.output_size_in_bytes - plan.alias_size_in_bytes,
+            "between": plan.temp_size_in_bytes,
+        }
+        results[name] = {"batch_size": batch_size} | parts
+        each = [f"{n / 1e9:.2f}" for n in (*parts.values(), sum(parts.values()))]
+        rows.append([name, str(batch_size), str(config.augment.crop_px), *each])
+    columns = ["config", "batch", "pixels", *parts, "GB in all"]
+    console.print_table("GB of a training step, as compiled", columns, rows)
+    return results
 
 
 def _with_data(config):
@@ -511,7 +558,7 @@ def main(argv: list[str]) -> None:
     if _CONTESTANT.value:
         _worker(argv[1], _CONTESTANT.value)
         return
-    what = {"step": step, "loop": loop, "conv": conv, "feed": feed, "startup": startup}
+    what = {f.__name__: f for f in (step, loop, conv, feed, memory, startup)}
     if len(argv) != 2 or argv[1] not in what:
         raise app.UsageError(f"Say one of {', '.join(what)}.")
     results = what[argv[1]]()

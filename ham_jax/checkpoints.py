@@ -240,12 +240,37 @@ def load_for_inference(
     return model["params"], model["batch_stats"], model["ema"], meta, chosen
 
 
+def fold_folder(workdir: Path, fold: int) -> Path:
+    """Returns where a cross-validation in `workdir` trains a fold."""
+    return workdir / f"fold{fold}"
+
+
+def has_checkpoints(workdir: Path) -> bool:
+    """Returns whether `workdir` is the folder of a run that saved something."""
+    return bool(_steps(workdir))
+
+
+def runs(workdir: Path) -> list[Path]:
+    """Returns the folders of the runs that `workdir` stands for.
+
+    That is itself, or the folds of a cross-validation.
+    """
+    config = fold_folder(workdir, 0) / "config.json"
+    if has_checkpoints(workdir) or not config.is_file():
+        return [workdir]
+    num_folds = json.loads(config.read_text())["data"]["num_folds"]
+    return [fold_folder(workdir, fold) for fold in range(num_folds)]
+
+
 def check_run_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Checks that a folder is new or of the same run.
 
     Raises:
-      InputError: it is of a run with another configuration; all differing keys are named.
+      InputError: it is of a cross-validation, or of a run with another configuration; all
+        differing keys are named.
     """
+    if fold_folder(workdir, 0).is_dir():
+        raise InputError(f"--workdir={workdir} holds a cross-validation; choose another --workdir.")
     file = workdir / "config.json"
     if not file.exists():
         return

@@ -2,7 +2,9 @@
 
 python -m ham_jax.main --config=configs/resnet.py
 python -m ham_jax.main --config=configs/resnet.py:50 --config.train.batch_size=128
+python -m ham_jax.main --mode=crossval --config=configs/resnet.py --workdir=runs/folds
 python -m ham_jax.main --mode=eval --workdir=runs/resnet --split=val
+python -m ham_jax.main --mode=eval --workdir=runs/a,runs/b --split=test --output=runs/both
 python -m ham_jax.main --mode=predict --workdir=runs/resnet --images=photographs/
 """
 
@@ -18,17 +20,26 @@ from ham_jax.config import InputError
 _CONFIG = flags.DEFINE_string(
     "config", None, "A file of configs/, with :argument for a variant; --config.a.b=c sets one key."
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "prepare", "eval", "predict"], "What to do.")
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where a run's files are. Default: runs/<name of the config file>."
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "crossval", "prepare", "eval", "predict"], "What to do."
+)
+_WORKDIR = flags.DEFINE_list(
+    "workdir",
+    None,
+    "Where a run's files are. Default: runs/<name of the config file>. Several, with commas"
+    " between: --mode=eval and predict average their probabilities.",
 )
 _SPLIT = flags.DEFINE_enum("split", "val", ["val", "test", "train"], "What --mode=eval looks at.")
 _IMAGES = flags.DEFINE_string(
     "images", None, "--mode=predict: a file, a folder, a glob or a CSV with a column 'path'."
 )
 _OUTPUT = flags.DEFINE_string(
-    "output", None, "--mode=predict: the CSV to write. Default: <workdir>/predict.csv."
+    "output",
+    None,
+    "--mode=predict: the CSV to write. Default: <workdir>/predict.csv. --mode=eval: the folder to"
+    " write into. Default: <workdir>. Several runs have no default.",
 )
+_TRAINS = ("train", "crossval")
 
 _BAD_INPUT = 2  # exit code
 _overrides: list[tuple[str, str]] = []  # (key, text) of each --config.key=text
@@ -57,12 +68,13 @@ def main(argv: list[str]) -> None:
     faults = [f"{a!r}: every argument must be a --flag." for a in argv[1:]]
     faults += _flag_faults()
     config = None
-    if _CONFIG.value and _MODE.value in ("train", "prepare"):
+    if _CONFIG.value and _MODE.value in (*_TRAINS, "prepare"):
         config = configuration.load(_CONFIG.value)
         faults += _config_faults(config)
     if faults:
         raise InputError(faults)
-    workdir = Path(_WORKDIR.value or _default_workdir())
+    workdirs = [Path(folder) for folder in _WORKDIR.value or [_default_workdir()]]
+    workdir = workdirs[0]
 
     logging.set_verbosity(logging.WARNING)  # libraries' own notes; ours go through console
     from ham_jax import console, parallel  # from here on, seconds of imports
@@ -70,13 +82,14 @@ def main(argv: list[str]) -> None:
     parallel.initialize()
     parallel.compile_cache()
     mesh = parallel.mesh()
-    if _MODE.value == "train":
-        from ham_jax.training import loop
+    if _MODE.value in _TRAINS:
+        from ham_jax.training import crossval, loop
 
         configuration.validate(config, mesh.devices.size)
+        train = loop.train if _MODE.value == "train" else crossval.train
         with parallel.Preemption() as preemption:
             try:
-                loop.train(config, workdir, mesh, preemption)
+                train(config, workdir, mesh, preemption)
             except loop.Preempted as stopped:
                 console.log_line(f"ham_jax: {stopped}")
                 sys.exit(stopped.exit_code)
@@ -92,25 +105,36 @@ def main(argv: list[str]) -> None:
     elif _MODE.value == "eval":
         from ham_jax.evaluation import evaluate
 
-        evaluate.run(workdir, _SPLIT.value, _overrides, mesh)
+        output = Path(_OUTPUT.value) if _OUTPUT.value else None
+        evaluate.run(workdirs, _SPLIT.value, _overrides, mesh, output)
     else:
         from ham_jax.inference import predict
 
         output = Path(_OUTPUT.value or workdir / "predict.csv")
-        if not predict.run(workdir, _IMAGES.value, output, _overrides, mesh):
+        if not predict.run(workdirs, _IMAGES.value, output, _overrides, mesh):
             raise InputError("No photograph could be read; the CSV says why of each.")
 
 
 def _flag_faults() -> list[str]:
-    mode = _MODE.value
+    mode, workdirs = _MODE.value, _WORKDIR.value or []
     faults = []
-    if mode in ("train", "prepare") and not _CONFIG.value:
+    if mode in (*_TRAINS, "prepare") and not _CONFIG.value:
         faults.append(
             f"--mode={mode} needs --config: configs/resnet.py for HAM10000, configs/demo.py for"
             " synthetic lesions that need no data."
         )
-    if mode in ("eval", "predict") and _WORKDIR.value is None and not _CONFIG.value:
+    if mode in ("eval", "predict") and not workdirs and not _CONFIG.value:
         faults.append(f"--mode={mode} needs --workdir, the folder of a training run.")
+    if not all(workdirs):
+        faults.append(f"--workdir={','.join(workdirs)} names a folder without a name.")
+    if len(workdirs) > 1:
+        if mode not in ("eval", "predict"):
+            faults.append(f"--mode={mode} works in one --workdir, not in {len(workdirs)}.")
+        elif not _OUTPUT.value:
+            what = "folder to write into" if mode == "eval" else "CSV to write"
+            faults.append(f"--mode={mode} of {len(workdirs)} runs needs --output, the {what}.")
+    if mode == "eval" and _OUTPUT.value and Path(_OUTPUT.value).is_file():
+        faults.append(f"--output={_OUTPUT.value} is a file; --mode=eval writes into a folder.")
     if mode == "predict" and not _IMAGES.value:
         faults.append("--mode=predict needs --images: a file, a folder, a glob or a CSV.")
     return faults
@@ -122,6 +146,11 @@ def _config_faults(config) -> list[str]:
         configuration.validate(config)
     except InputError as error:
         faults += error.faults
+    if _MODE.value == "crossval":
+        if config.data.split_csv:
+            faults.append("--mode=crossval makes folds itself: leave out data.split_csv.")
+        if config.data.fold or any(key == "data.fold" for key, _ in _overrides):
+            faults.append("--mode=crossval trains every fold: leave out data.fold.")
     return faults
 
 

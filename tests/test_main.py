@@ -39,13 +39,28 @@ def test_overrides_are_taken_out_of_the_command_line():
     [
         ([], ["--mode=train needs --config"]),
         (["--cofig=x"], ["Did you mean: config"]),
-        (["--mode=evaluate"], ["train|prepare|eval|predict"]),
+        (["--mode=evaluate"], ["train|crossval|prepare|eval|predict"]),
         (["stray", "--config={root}/configs/demo.py"], ["'stray': every argument must be"]),
         (["--config=nowhere.py"], ["there is no file nowhere.py"]),
         (["--config={root}/configs/resnet.py:19"], ["18, 34, 50 or 101"]),
         (["--config={root}/configs/demo.py:x"], ["has no variants"]),
         (["--mode=eval"], ["needs --workdir"]),
         (["--mode=predict"], ["needs --workdir", "needs --images"]),
+        (["--mode=crossval"], ["--mode=crossval needs --config"]),
+        (
+            [
+                "--mode=crossval",
+                "--config={root}/configs/demo.py",
+                "--config.data.fold=0",
+                "--config.data.split_csv=mine.csv",
+            ],
+            ["leave out data.fold", "leave out data.split_csv"],
+        ),
+        (["--config={root}/configs/demo.py", "--workdir=a,b"], ["one --workdir, not in 2"]),
+        (["--mode=eval", "--workdir=a,b"], ["needs --output, the folder"]),
+        (["--mode=predict", "--workdir=a,b", "--images=x"], ["needs --output, the CSV"]),
+        (["--mode=eval", "--workdir=a,,b", "--output=c"], ["a folder without a name"]),
+        (["--mode=eval", "--workdir=a", "--output={root}/README.md"], ["is a file"]),
         (
             [
                 "--config={root}/configs/resnet.py",

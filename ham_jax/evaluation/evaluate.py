@@ -4,7 +4,7 @@ The training loop and `--mode=eval` both call `evaluate`, so both report the sam
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import pandas as pd
 
 from ham_jax import CLASSES, DISCLAIMER, checkpoints, console, files, models, parallel
 from ham_jax import config as configuration
@@ -101,12 +102,14 @@ class Trained:
     """A trained network as its checkpoint holds it.
 
     Attributes:
+      workdir: of the run.
       config: of the run, with the keys that were set anew.
       network: its pure functions.
       variables: the weights that `eval.weights` asks for, on the mesh.
       step: of the checkpoint.
     """
 
+    workdir: Path
     config: ml_collections.ConfigDict
     network: models.Network
     variables: Variables
@@ -122,9 +125,14 @@ def load(workdir: Path, overrides: list[tuple[str, str]], mesh: jax.sharding.Mes
       mesh: the devices.
 
     Raises:
-      InputError: no checkpoint there, or keys that may not be set anew.
+      InputError: no checkpoint there, one of other classes, or keys that may not be set anew.
     """
     params, batch_stats, ema, meta, step = checkpoints.load_for_inference(workdir)
+    if tuple(meta["classes"]) != CLASSES:
+        raise InputError(
+            f"--workdir={workdir} tells {', '.join(meta['classes'])} apart; this version of ham_jax"
+            f" knows {', '.join(CLASSES)}."
+        )
     config = configuration.from_dict(meta["config"])
     movable = tuple(f"{key}." for key in MOVABLE)
     known = configuration.flatten(config)
@@ -141,38 +149,109 @@ def load(workdir: Path, overrides: list[tuple[str, str]], mesh: jax.sharding.Mes
     use_ema = config.eval.weights == "ema" or (config.eval.weights == "auto" and ema)
     variables = ema if use_ema else {"params": params, "batch_stats": batch_stats}
     network = models.build(config.model, len(CLASSES))
-    return Trained(config, network, parallel.replicate(mesh, variables), step)
+    return Trained(workdir, config, network, parallel.replicate(mesh, variables), step)
+
+
+def load_all(
+    workdirs: Sequence[Path], overrides: list[tuple[str, str]], mesh: jax.sharding.Mesh
+) -> list[Trained]:
+    """Returns the members of an ensemble: of each folder the run, or a cross-validation's folds."""
+    return [load(run, overrides, mesh) for workdir in workdirs for run in checkpoints.runs(workdir)]
 
 
 def run(
-    workdir: Path, split: str, overrides: list[tuple[str, str]], mesh: jax.sharding.Mesh
+    workdirs: Sequence[Path],
+    split: str,
+    overrides: list[tuple[str, str]],
+    mesh: jax.sharding.Mesh,
+    output: Path | None = None,
 ) -> dict[str, Any]:
     """`--mode=eval`: evaluates the best checkpoint of a run on a split and writes the files.
 
+    Of several runs the mean of their probabilities is evaluated, each with its own preprocessing.
+
+    Args:
+      workdirs: one training run, or the members of an ensemble.
+      split: 'val', 'test' or 'train'.
+      overrides: (key, text) pairs of the command line, for each of the runs.
+      mesh: the devices.
+      output: the folder to write into. Default: the run's own; an ensemble has none.
+
     Raises:
-      InputError: nothing to evaluate, or nothing to evaluate on.
+      InputError: nothing to evaluate, nothing to evaluate on, nowhere to write, or runs of other
+        splits.
     """
-    trained = load(workdir, overrides, mesh)
-    config = trained.config
-    records, rows = preparation.prepare(config).select(split)
-    predict = make_predictor(trained.network, config, mesh)
-    numbers, probabilities = evaluate(
-        predict, trained.variables, records, rows, config.eval.batch_size, mesh
-    )
-    return report(workdir, split, trained.step, config, records, rows, numbers, probabilities)
+    members = load_all(workdirs, overrides, mesh)
+    if len(members) > 1 and output is None:
+        raise InputError(
+            f"--mode=eval of {len(members)} runs needs --output, the folder to write into."
+        )
+    images = [preparation.prepare(member.config).select(split) for member in members]
+    images = _aligned(members, images, split)
+    output = output or workdirs[0]
+    output.mkdir(parents=True, exist_ok=True)
+    answers, parts = [], []
+    for member, (records, rows) in zip(members, images, strict=True):
+        config = member.config
+        predict = make_predictor(member.network, config, mesh)
+        numbers, probabilities = evaluate(
+            predict, member.variables, records, rows, config.eval.batch_size, mesh
+        )
+        answers.append(probabilities)
+        about = {"step": member.step, "tta": config.eval.tta, "records": records.fingerprint}
+        alone = {"balanced_accuracy": numbers["balanced_accuracy"]}
+        parts.append({"workdir": str(member.workdir)} | alone | about)
+    if len(members) > 1:
+        about = {"members": parts}
+    return report(output, split, about, *images[0], np.mean(answers, axis=0))
+
+
+def _aligned(
+    members: Sequence[Trained], images: Sequence[tuple[Records, np.ndarray]], split: str
+) -> list[tuple[Records, np.ndarray]]:
+    """Returns each member's records and its rows in the first member's order of images.
+
+    Raises:
+      InputError: members whose split holds other images.
+    """
+    ids = [pd.Index(records.table["image_id"].to_numpy()[rows]) for records, rows in images]
+    aligned = []
+    for member, own, (records, rows) in zip(members, ids, images, strict=True):
+        place = own.get_indexer(ids[0])
+        if len(own) != len(ids[0]) or (place < 0).any():
+            why = (
+                "Give one --config.data.test_dir for all."
+                if split == "test"
+                else "One fold's validation is another's training: an average over both would be"
+                " tested on lesions that some members were trained on. Evaluate them with"
+                " --split=test; --mode=crossval measures all folds on their own validation."
+            )
+            raise InputError(
+                f"--workdir: {members[0].workdir} and {member.workdir} have different images in"
+                f" split {split!r}. {why}"
+            )
+        aligned.append((records, rows[place]))
+    return aligned
 
 
 def report(
-    workdir: Path,
+    folder: Path,
     split: str,
-    step: int,
-    config: ml_collections.ConfigDict,
+    about: Mapping[str, Any],
     records: Records,
     rows: np.ndarray,
-    numbers: dict[str, Any],
     probabilities: np.ndarray,
 ) -> dict[str, Any]:
     """Prints a table and writes metrics.json, predictions.csv and isic_submission.csv.
+
+    Args:
+      folder: where to write.
+      split: its name.
+      about: what the probabilities come from: `step`, `tta` and `records` of a run, or such a
+        list, with each `balanced_accuracy`, as `members` of an ensemble or `folds`.
+      records: where the images' table is.
+      rows: the images.
+      probabilities: float64 [n, 7] of these rows.
 
     Returns:
       What metrics.json holds: the numbers, a 95 % interval of the balanced accuracy from a
@@ -181,30 +260,29 @@ def report(
     table = records.table.iloc[rows]
     image_ids, lesion_ids = table["image_id"].tolist(), table["lesion_id"].tolist()
     labels = table["label"].to_numpy()
+    numbers = metrics.compute(labels, probabilities)
     low, high = metrics.interval(labels, probabilities, table["lesion_id"].to_numpy())
     numbers = {
         "balanced_accuracy": numbers["balanced_accuracy"],
         "balanced_accuracy_interval": [low, high],
         **numbers,
         "split": split,
-        "step": step,
-        "tta": config.eval.tta,
+        **about,
         "num_lesions": len(set(lesion_ids)),
         "classes": list(CLASSES),
-        "records": records.fingerprint,
         "note": DISCLAIMER,
     }
     if parallel.is_main():
-        files.write_json(workdir / "metrics.json", numbers)
+        files.write_json(folder / "metrics.json", numbers)
         metrics.write_predictions(
-            workdir / "predictions.csv", image_ids, lesion_ids, labels, probabilities
+            folder / "predictions.csv", image_ids, lesion_ids, labels, probabilities
         )
-        metrics.write_isic_submission(workdir / "isic_submission.csv", image_ids, probabilities)
-        _print(numbers, workdir)
+        metrics.write_isic_submission(folder / "isic_submission.csv", image_ids, probabilities)
+        _print(numbers, folder)
     return numbers
 
 
-def _print(numbers: dict[str, Any], workdir: Path) -> None:
+def _print(numbers: dict[str, Any], folder: Path) -> None:
     def text(value: float | None) -> str:
         return "-" if value is None else f"{value:.3f}"
 
@@ -225,7 +303,12 @@ def _print(numbers: dict[str, Any], workdir: Path) -> None:
         ["macro AUC", text(numbers["macro_auc"])],
         ["log loss", text(numbers["log_loss"])],
         ["expected calibration error", text(numbers["expected_calibration_error"])],
-        ["checkpoint", f"step {numbers['step']}"],
-        ["written", f"{workdir}/metrics.json, predictions.csv, isic_submission.csv"],
+        *(
+            [name, ", ".join(f"{p['balanced_accuracy']:.3f}" for p in numbers[name])]
+            for name in ("members", "folds")
+            if name in numbers
+        ),
+        *([["checkpoint", f"step {numbers['step']}"]] if "step" in numbers else []),
+        ["written", f"{folder}/metrics.json, predictions.csv, isic_submission.csv"],
     ]
     console.print_table(DISCLAIMER, ["", ""], summary)

@@ -4,6 +4,7 @@ import csv
 import glob
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -47,7 +48,7 @@ def find_images(pattern: str) -> list[Path]:
 
 
 def run(
-    workdir: Path,
+    workdirs: Sequence[Path],
     images: str,
     output: Path,
     overrides: list[tuple[str, str]],
@@ -55,10 +56,11 @@ def run(
 ) -> int:
     """Classifies the photographs, writes a CSV and prints a short table.
 
-    An unreadable photograph gets a row with its error, and the rest go on.
+    An unreadable photograph gets a row with its error, and the rest go on. Of several runs the
+    answer is the mean of their probabilities, each with its own preprocessing.
 
     Args:
-      workdir: of a training run.
+      workdirs: one training run, or the members of an ensemble.
       images: see `find_images`.
       output: the CSV: path, prediction, the seven probabilities, error.
       overrides: (key, text) pairs of the command line.
@@ -73,21 +75,44 @@ def run(
     paths = find_images(images)
     if not output.parent.is_dir():
         raise InputError(f"--output={output}: there is no folder {output.parent}.")
-    trained = evaluate.load(workdir, overrides, mesh)
-    config = trained.config
-    predict = evaluate.make_predictor(trained.network, config, mesh)
+    members = evaluate.load_all(workdirs, overrides, mesh)
+    canvases = [tuple(member.config.data.canvas) for member in members]
+    answers = np.empty((len(members), len(paths), len(CLASSES)))
+    for canvas in dict.fromkeys(canvases):  # each photograph is decoded once a canvas
+        chosen = [n for n, other in enumerate(canvases) if other == canvas]
+        answers[chosen], errors = _classify([members[n] for n in chosen], paths, mesh)
+    probabilities = answers.mean(axis=0)
+    if parallel.is_main():
+        _write(output, paths, probabilities, errors)
+        _print(paths, probabilities, errors, output)
+    return len(paths) - len(errors)
+
+
+def _classify(
+    members: Sequence[evaluate.Trained], paths: Sequence[Path], mesh: jax.sharding.Mesh
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Returns the answers of members that share a canvas, and the errors by number of path.
+
+    Returns:
+      (probabilities float64 [members, paths, 7], nan where a photograph is unreadable; {number of
+      a path: why it is}).
+    """
+    config = members[0].config
+    predictors = [evaluate.make_predictor(m.network, m.config, mesh) for m in members]
     batch_size = config.eval.batch_size
     canvas = tuple(config.data.canvas)
     local = parallel.local_rows(mesh, batch_size)
 
     errors: dict[int, str] = {}
-    probabilities = np.full((len(paths), len(CLASSES)), np.nan)
+    probabilities = np.full((len(members), len(paths), len(CLASSES)), np.nan)
     batch = np.zeros((batch_size, *canvas, 3), np.uint8)
     waiting: list[int] = []
 
     def flush() -> None:
-        answers = predict(trained.variables, parallel.shard(mesh, batch[local]))
-        probabilities[waiting] = evaluate.normalised(np.asarray(answers)[: len(waiting)])
+        image = parallel.shard(mesh, batch[local])
+        for number, (predict, member) in enumerate(zip(predictors, members, strict=True)):
+            answers = np.asarray(predict(member.variables, image))[: len(waiting)]
+            probabilities[number, waiting] = evaluate.normalised(answers)
         waiting.clear()
 
     with console.progress("Predicting") as progress:
@@ -103,10 +128,7 @@ def run(
             progress(number + 1, len(paths))
     if waiting:
         flush()
-    if parallel.is_main():
-        _write(output, paths, probabilities, errors)
-        _print(paths, probabilities, errors, output)
-    return len(paths) - len(errors)
+    return probabilities, errors
 
 
 def _from_csv(path: Path) -> list[Path]:

@@ -61,14 +61,15 @@ def choose(x: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> F
         return Forms("shifted", "shifted", "scanned")
     if kh == kw == 1 and pads == ((0, 0), (0, 0)):
         return Forms("product", "product", "product")
-    small = height * width <= 64 or (x[1] < kh and x[2] < kw)
-    forward = "patches" if small else "direct"
-    input_form = "patches" if small or (height < kh and width < kw) else "direct"
-    if x[-1] < 16:
-        return Forms(forward, input_form, "patches")
-    if stride == 1 and x[-1] <= 256:
-        return Forms(forward, input_form, "rows")
-    return Forms(forward, input_form, "patches" if small else "taps")
+    pixels = height * width
+    tiny = pixels <= 4 or (x[1] < kh and x[2] < kw)
+    wide = num_out >= 256 and pixels <= 196
+    strided = stride > 1 and x[-1] >= 16
+    return Forms(
+        "patches" if tiny else "direct",
+        "patches" if tiny or wide or strided else "direct",
+        "direct" if x[-1] <= 128 and pixels >= 196 else "rows" if stride == 1 else "taps",
+    )
 
 
 def conv(

@@ -29,9 +29,9 @@ class Preempted(Exception):  # noqa: N818 - not an error: the run was asked to s
       exit_code: 75 after SIGTERM, 130 after Ctrl-C.
     """
 
-    def __init__(self, exit_code: int, last_step: int):
+    def __init__(self, exit_code: int, where: str):
         self.exit_code = exit_code
-        super().__init__(f"stopped at step {last_step}, saved; the same command goes on from there")
+        super().__init__(f"stopped at {where}, saved; the same command goes on from there")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,10 +181,9 @@ def train(
         best = saved.best()
         if best != int(state["step"]):
             state, _ = saved.restore(best, state, mesh)
-    numbers, probabilities = validate(state)
-    return evaluate.report(
-        workdir, "val", best, config, val_records, val_rows, numbers, probabilities
-    )
+    _, probabilities = validate(state)
+    about = {"step": best, "tta": config.eval.tta, "records": records.fingerprint}
+    return evaluate.report(workdir, "val", about, val_records, val_rows, probabilities)
 
 
 def _most_together(config: ml_collections.ConfigDict, feed: str) -> int:
@@ -274,7 +273,7 @@ def _steps(
             if plan.saves(done) or stop:
                 save(done, state, numbers)
         if stop and done < plan.num_steps:
-            raise Preempted(preemption.exit_code, done)
+            raise Preempted(preemption.exit_code, f"step {done}")
     return state
 
 

@@ -50,7 +50,7 @@ def test_a_file_gets_the_probabilities_of_its_record(trained, tiny_raw, tmp_path
     files = {p.stem: p for p in tiny_raw.rglob("*.jpg")}
     listed.write_text("path\n" + "\n".join(str(files[i]) for i in ids))
     output = tmp_path / "answers.csv"
-    assert predict.run(trained, str(listed), output, [], parallel.mesh()) == len(ids)
+    assert predict.run([trained], str(listed), output, [], parallel.mesh()) == len(ids)
     rows = answers(output)
     np.testing.assert_array_equal(
         [[float(row[dx]) for dx in CLASSES] for row in rows], probabilities
@@ -68,12 +68,12 @@ def test_broken_files_get_a_row_and_the_rest_go_on(trained, tiny_raw, tmp_path, 
     (folder / "c.png").touch()
     (folder / "notes.txt").write_text("not an image")
     output = tmp_path / "answers.csv"
-    assert predict.run(trained, str(folder), output, [], parallel.mesh()) == 1
+    assert predict.run([trained], str(folder), output, [], parallel.mesh()) == 1
     rows = answers(output)
     assert [row["path"].rsplit("/")[-1] for row in rows] == ["a.jpg", "b.jpg", "c.png"]
     assert [bool(row["error"]) for row in rows] == [True, False, True]
     assert DISCLAIMER in " ".join(capsys.readouterr().out.split())
-    assert predict.run(trained, str(folder / "a.jpg"), output, [], parallel.mesh()) == 0
+    assert predict.run([trained], str(folder / "a.jpg"), output, [], parallel.mesh()) == 0
 
 
 def test_images_by_file_folder_glob_and_csv(tmp_path):
@@ -94,7 +94,7 @@ def test_images_by_file_folder_glob_and_csv(tmp_path):
 
 def test_an_output_in_a_missing_folder_is_refused_before_work(trained, tiny_raw, tmp_path):
     with pytest.raises(InputError, match="there is no folder"):
-        predict.run(trained, str(tiny_raw), tmp_path / "no" / "a.csv", [], parallel.mesh())
+        predict.run([trained], str(tiny_raw), tmp_path / "no" / "a.csv", [], parallel.mesh())
 
 
 def test_more_photographs_than_a_batch(trained, tiny_raw, tmp_path):
@@ -106,7 +106,7 @@ def test_more_photographs_than_a_batch(trained, tiny_raw, tmp_path):
     (tmp_path / "list.csv").write_text("path\n" + "\n".join(map(str, names)))
     few = [("eval.batch_size", "8")]
     output = tmp_path / "a.csv"
-    predict.run(trained, str(tmp_path / "list.csv"), output, few, parallel.mesh())
+    predict.run([trained], str(tmp_path / "list.csv"), output, few, parallel.mesh())
     rows = answers(output)
     assert [row["path"] for row in rows] == [str(name) for name in names]
     assert [bool(row["error"]) for row in rows] == [name is broken for name in names]

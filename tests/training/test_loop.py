@@ -174,7 +174,7 @@ def test_eval_rebuilds_the_run_from_its_folder_to_the_last_digit(tiny, one_devic
     assert written["log_loss"] == logged[written["step"]]["val/log_loss"]
 
     (tmp_path / "metrics.json").unlink()
-    again = evaluate.run(tmp_path, "val", [], one_device)
+    again = evaluate.run([tmp_path], "val", [], one_device)
     assert again == written == json.loads((tmp_path / "metrics.json").read_text())
 
     ids, _, labels, probabilities = metrics.read_predictions(tmp_path / "predictions.csv")
@@ -183,14 +183,14 @@ def test_eval_rebuilds_the_run_from_its_folder_to_the_last_digit(tiny, one_devic
     assert recomputed["balanced_accuracy"] == written["balanced_accuracy"]
     assert recomputed["confusion_matrix"] == written["confusion_matrix"]
 
-    with_views = evaluate.run(tmp_path, "val", [("eval.tta", "8")], one_device)
+    with_views = evaluate.run([tmp_path], "val", [("eval.tta", "8")], one_device)
     assert with_views["tta"] == 8
     assert with_views["log_loss"] != written["log_loss"]
 
     with pytest.raises(InputError, match="cannot be set here"):
-        evaluate.run(tmp_path, "val", [("augment.crop_px", "32")], one_device)
+        evaluate.run([tmp_path], "val", [("augment.crop_px", "32")], one_device)
     with pytest.raises(InputError, match="no image in split 'test'"):
-        evaluate.run(tmp_path, "test", [], one_device)
+        evaluate.run([tmp_path], "test", [], one_device)
 
 
 def test_a_diverged_run_names_the_step_and_keeps_the_last_good_checkpoint(
@@ -215,4 +215,4 @@ def test_the_folder_of_another_run_is_refused(tiny, one_device, tmp_path):
 
 def test_an_empty_folder_cannot_be_evaluated(one_device, tmp_path):
     with pytest.raises(InputError, match=str(tmp_path)):
-        evaluate.run(tmp_path, "val", [], one_device)
+        evaluate.run([tmp_path], "val", [], one_device)

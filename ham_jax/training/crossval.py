@@ -1,0 +1,85 @@
+"""`--mode=crossval`: every fold validates once, so that every image is judged unseen."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from ham_jax import checkpoints, console, parallel
+from ham_jax.config import InputError
+from ham_jax.data import prepare as preparation
+from ham_jax.evaluation import evaluate, metrics
+from ham_jax.training import loop
+
+
+def train(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    mesh: jax.sharding.Mesh,
+    preemption: parallel.Preemption,
+) -> dict[str, Any]:
+    """Trains each fold in `workdir/fold<k>` and joins their validations in `workdir`.
+
+    A fold that was stopped goes on. One that is finished is not trained again, but evaluated, for
+    the files in its folder may be those of another evaluation.
+
+    Args:
+      config: a validated configuration without `data.split_csv`; its `data.fold` is not read.
+      workdir: where everything is written.
+      mesh: the devices, axis `data`.
+      preemption: entered; asked before each fold and after each step.
+
+    Returns:
+      The contents of metrics.json.
+
+    Raises:
+      loop.Preempted: asked to stop; the state is saved.
+      InputError: data or workdir do not fit the configuration.
+    """
+    if checkpoints.has_checkpoints(workdir):
+        raise InputError(f"--workdir={workdir} holds a single run; choose another --workdir.")
+    num_folds = config.data.num_folds
+    folders = [checkpoints.fold_folder(workdir, fold) for fold in range(num_folds)]
+    folds = []
+    for fold, folder in enumerate(folders):
+        if preemption.reached():
+            raise loop.Preempted(preemption.exit_code, f"the start of fold {fold}")
+        if parallel.is_main():
+            console.log_line(f"fold {fold} of {num_folds}: {folder}")
+        config_of_fold = config.copy_and_resolve_references()
+        config_of_fold.data.fold = fold
+        numbers = loop.train(config_of_fold, folder, mesh, preemption)
+        folds.append({key: numbers[key] for key in ("balanced_accuracy", "num_images", "step")})
+    parallel.barrier("folds")  # the main process has written the last predictions
+    records = preparation.prepare(config).records
+    probabilities = _joined(
+        [folder / "predictions.csv" for folder in folders], records.table["image_id"].tolist()
+    )
+    about = {
+        "num_folds": num_folds,
+        "folds": folds,
+        "tta": config.eval.tta,
+        "records": records.fingerprint,
+    }
+    rows = np.arange(len(records.table))
+    return evaluate.report(workdir, "crossval", about, records, rows, probabilities)
+
+
+def _joined(files: Sequence[Path], image_ids: Sequence[str]) -> np.ndarray:
+    """Returns float64 [n, 7], for each image the probabilities of the one file that has it.
+
+    Raises:
+      InputError: an image is in no file or in several.
+    """
+    read = [metrics.read_predictions(file) for file in files]
+    ids = [image_id for of_fold, _, _, _ in read for image_id in of_fold]
+    if sorted(ids) != sorted(image_ids):
+        raise InputError(
+            f"{', '.join(map(str, files))} do not hold each of {len(image_ids)} images once: did"
+            " another job write there? Start the command again."
+        )
+    by_id = {i: row for of_fold, _, _, rows in read for i, row in zip(of_fold, rows, strict=True)}
+    return np.stack([by_id[image_id] for image_id in image_ids])

@@ -1,0 +1,243 @@
+"""Every image is judged once, by a network that never saw its lesion; and so in ensembles."""
+
+import csv
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ham_jax import CLASSES, checkpoints, config, models
+from ham_jax.config import InputError
+from ham_jax.data import prepare as preparation
+from ham_jax.data import synthetic
+from ham_jax.evaluation import evaluate, metrics
+from ham_jax.inference import predict
+from ham_jax.training import crossval, loop
+
+
+class StopAfter:
+    """A request to stop, as SIGTERM would make it, after being asked for a number of times."""
+
+    exit_code = 75
+
+    def __init__(self, times=None):
+        self.times = times
+        self.asked = 0
+
+    def reached(self):
+        self.asked += 1
+        return self.asked == self.times
+
+
+def linear(model_config, num_classes):
+    """A network that costs nothing and compiles at once; its name decides what it looks at."""
+    power = 1 if model_config.name == "resnet18" else 3
+
+    def apply(params, batch_stats, image, *_, **__):
+        color = (image**power).mean((1, 2))
+        return (color[:, :2] - color[:, 1:]) @ params["head"]["kernel"], batch_stats
+
+    kernel = np.random.default_rng(0).normal(0, 10, (2, num_classes))
+    params = {"head": {"kernel": jnp.asarray(kernel, jnp.float32)}}
+    return models.Network("linear", (0,) * 3, (1,) * 3, lambda seed: (params, {}), apply)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def linear_networks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "build", linear)
+        yield
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+
+
+def tiny(raw, prepared, **edits):
+    c = config.base()
+    c.data.dir = str(raw)
+    c.data.prepared_dir = str(prepared)
+    c.data.canvas = (24, 32)
+    c.data.allow_partial = True
+    c.data.num_folds = 2
+    c.data.num_workers = 1
+    c.data.feed = "resident"
+    c.augment.crop_px = 16
+    c.optim.learning_rate = 0.1
+    c.optim.warmup = {"steps": 0}
+    c.train.batch_size = 8
+    c.train.duration = {"steps": 2}
+    c.eval.batch_size = 64
+    c.log.tensorboard = False
+    with c.unlocked():
+        c.update_from_flattened_dict(edits)
+    config.validate(c)
+    return c
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    return tmp_path_factory.mktemp("records")
+
+
+@pytest.fixture(scope="module")
+def tiny_test(tmp_path_factory):
+    """Photographs of lesions that no fold has."""
+    folder = tmp_path_factory.mktemp("synthetic") / "test"
+    synthetic.write(folder, 60, 1)
+    metadata = folder / "HAM10000_metadata.csv"
+    metadata.write_text(metadata.read_text().replace("HAM_", "HAM_test_"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folds(tiny_raw, prepared, mesh, tmp_path_factory):
+    """A cross-validation that was stopped in its second fold and started again."""
+    workdir = tmp_path_factory.mktemp("runs") / "folds"
+    c = tiny(tiny_raw, prepared)
+    with pytest.raises(loop.Preempted, match="stopped at step 1") as stopped:
+        crossval.train(c, workdir, mesh, StopAfter(5))
+    assert stopped.value.exit_code == 75
+    assert not (workdir / "metrics.json").exists()
+    crossval.train(c, workdir, mesh, StopAfter())
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def other(tiny_raw, prepared, mesh, tmp_path_factory):
+    """Another architecture on another canvas and crop, which validates on fold 0 too."""
+    workdir = tmp_path_factory.mktemp("runs") / "other"
+    edits = {
+        "data.canvas": (32, 40),
+        "augment.crop_px": 24,
+        "model.name": "resnet34",
+        "eval.tta": 2,
+        "eval.batch_size": 32,
+    }
+    loop.train(tiny(tiny_raw, prepared, **edits), workdir, mesh, StopAfter())
+    return workdir
+
+
+def test_each_image_is_judged_once_by_a_network_that_never_saw_its_lesion(folds, tiny_raw):
+    ids, _, labels, probabilities = metrics.read_predictions(folds / "predictions.csv")
+    assert sorted(ids) == sorted(path.stem for path in tiny_raw.rglob("*.jpg"))
+    joined = dict(zip(ids, probabilities.tolist(), strict=True))
+    for fold in (folds / "fold0", folds / "fold1"):
+        in_fold, lesions, _, answers = metrics.read_predictions(fold / "predictions.csv")
+        assert answers.tolist() == [joined[image_id] for image_id in in_fold]
+        of_fold = config.from_dict(json.loads((fold / "config.json").read_text()))
+        records, rows = preparation.prepare(of_fold).select("train")
+        trained_on = records.table.iloc[rows]
+        assert len(in_fold) + len(trained_on) == len(ids)
+        assert not set(lesions) & set(trained_on["lesion_id"])
+
+    written = json.loads((folds / "metrics.json").read_text())
+    recomputed = metrics.compute(labels, probabilities)
+    assert {key: written[key] for key in recomputed} == recomputed
+    low, high = written["balanced_accuracy_interval"]
+    assert low < written["balanced_accuracy"] < high
+    assert written["num_folds"] == len(written["folds"]) == 2
+    for fold, part in enumerate(written["folds"]):
+        alone = json.loads((folds / f"fold{fold}" / "metrics.json").read_text())
+        assert part == {key: alone[key] for key in part}
+    with (folds / "isic_submission.csv").open() as file:
+        assert len(file.readlines()) == 1 + len(ids)
+
+
+def test_a_second_start_trains_nothing_and_mends_what_another_evaluation_wrote(
+    folds, tiny_raw, prepared, mesh, tmp_path, monkeypatch
+):
+    workdir = tmp_path / "folds"
+    shutil.copytree(folds, workdir)
+    written = (workdir / "metrics.json").read_text()
+    evaluate.run([workdir / "fold1"], "train", [], mesh)
+    monkeypatch.setattr(loop, "_steps", None)
+    crossval.train(tiny(tiny_raw, prepared), workdir, mesh, StopAfter())
+    assert (workdir / "metrics.json").read_text() == written
+
+    with pytest.raises(loop.Preempted, match="the start of fold 1"):
+        crossval.train(tiny(tiny_raw, prepared), workdir, mesh, StopAfter(2))
+
+
+def test_a_run_and_a_cross_validation_do_not_share_a_folder(folds, other, tiny_raw, prepared, mesh):
+    c = tiny(tiny_raw, prepared)
+    with pytest.raises(InputError, match="a cross-validation"):
+        loop.train(c, folds, mesh, StopAfter())
+    with pytest.raises(InputError, match="a single run"):
+        crossval.train(c, other, mesh, StopAfter())
+
+
+def test_predictions_that_lack_an_image_or_have_one_twice_are_not_joined(folds):
+    files = [folds / f"fold{fold}" / "predictions.csv" for fold in (0, 1)]
+    ids, *_ = metrics.read_predictions(folds / "predictions.csv")
+    for wrong in (files[:1], [*files, files[0]], [files[0], files[0]]):
+        with pytest.raises(InputError, match="images once"):
+            crossval._joined(wrong, ids)
+
+
+def test_an_ensemble_is_the_mean_of_its_members(folds, other, tiny_raw, mesh, tmp_path):
+    members = [folds / "fold0", other]
+    alone = [evaluate.run([m], "val", [], mesh, tmp_path / m.name) for m in members]
+    both = evaluate.run(members, "val", [], mesh, tmp_path / "both")
+    read = [metrics.read_predictions(tmp_path / n / "predictions.csv") for n in ("fold0", "other")]
+    ids, _, _, probabilities = metrics.read_predictions(tmp_path / "both" / "predictions.csv")
+    assert not np.allclose(read[0][3], read[1][3])
+    np.testing.assert_array_equal(probabilities, (read[0][3] + read[1][3]) / 2)
+    assert [m["balanced_accuracy"] for m in both["members"]] == [
+        a["balanced_accuracy"] for a in alone
+    ]
+    assert [m["tta"] for m in both["members"]] == [1, 2]
+
+    # From the files, each member with its own canvas: the same bits.
+    paths = {p.stem: p for p in tiny_raw.rglob("*.jpg")}
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    listed = tmp_path / "list.csv"
+    listed.write_text("path\n" + "\n".join(str(p) for p in [broken, *(paths[i] for i in ids)]))
+    output = tmp_path / "answers.csv"
+    assert predict.run(members, str(listed), output, [], mesh) == len(ids)
+    with output.open(newline="") as file:
+        first, *rows = csv.DictReader(file)
+    assert first["error"]
+    np.testing.assert_array_equal(
+        [[float(row[dx]) for dx in CLASSES] for row in rows], probabilities
+    )
+
+
+def test_each_photograph_is_decoded_once_a_canvas(
+    folds, other, tiny_raw, mesh, tmp_path, monkeypatch
+):
+    canvases = []
+    load_many = predict.image_files.load_many
+
+    def counted(paths, canvas, num_workers):
+        canvases.append(canvas)
+        return load_many(paths, canvas, num_workers)
+
+    monkeypatch.setattr(predict.image_files, "load_many", counted)
+    image = str(next(tiny_raw.rglob("*.jpg")))
+    output = tmp_path / "answers.csv"
+    assert checkpoints.runs(folds) == [folds / "fold0", folds / "fold1"]
+    assert predict.run([folds, other], image, output, [], mesh) == 1
+    assert canvases == [(24, 32), (32, 40)]
+    together = output.read_text()
+    predict.run([folds / "fold0", folds / "fold1", other], image, output, [], mesh)
+    assert output.read_text() == together
+
+
+def test_members_of_other_folds_are_averaged_on_the_test_only(
+    folds, tiny_raw, tiny_test, mesh, tmp_path
+):
+    with pytest.raises(InputError, match="needs --output"):
+        evaluate.run([folds], "test", [], mesh)
+    with pytest.raises(InputError, match="that some members were trained on"):
+        evaluate.run([folds], "val", [], mesh, tmp_path / "both")
+    assert not (tmp_path / "both").exists()
+    test = [("data.test_dir", str(tiny_test))]
+    numbers = evaluate.run([folds], "test", test, mesh, tmp_path / "both")
+    assert numbers["num_images"] == len(list(tiny_test.rglob("*.jpg")))
+    assert len(numbers["members"]) == 2
