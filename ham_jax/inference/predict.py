@@ -3,19 +3,27 @@
 import csv
 import glob
 import io
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
+import pandas as pd
 
 from ham_jax import CLASSES, DISCLAIMER, console, files, parallel
 from ham_jax.config import InputError
 from ham_jax.data import image as image_files
+from ham_jax.data import metadata
 from ham_jax.evaluation import evaluate
 
 _PATH_COLUMNS = ("path", "image", "file", "filename", "image_path")
+_METADATA_COLUMNS = {  # what a list may call them
+    "age": ("age", "age_approx"),
+    "sex": ("sex",),
+    "localization": ("localization", "site", "anatom_site_general"),
+}
 _SHOWN_ROWS = 10
 
 
@@ -47,6 +55,47 @@ def find_images(pattern: str) -> list[Path]:
     return sorted(set(found))
 
 
+def find_metadata(pattern: str, num_images: int) -> pd.DataFrame:
+    """Returns what the CSV `--images` tells beside the paths; nothing where it is no CSV.
+
+    Args:
+      pattern: see `find_images`.
+      num_images: how many photographs that found.
+
+    Returns:
+      A row a photograph, in the order of `find_images`: those of age in years (nan where not
+      known), sex and localization that the CSV has.
+
+    Raises:
+      InputError: an age that is none, or two rows that say different things of a photograph.
+    """
+    path = Path(pattern)
+    if path.suffix.lower() != ".csv" or not path.is_file() or not num_images:
+        return pd.DataFrame(index=range(num_images))
+    rows, column = _rows(path)
+    names = {
+        name: next((alias for alias in aliases if alias in rows[0]), None)
+        for name, aliases in _METADATA_COLUMNS.items()
+    }
+    listed, faults = {}, []
+    for row in rows:
+        known = {name: (row[given] or "").strip() for name, given in names.items() if given}
+        if "age" in known:
+            try:
+                known["age"] = _years(known["age"])
+            except ValueError:
+                faults.append(
+                    f"--images={path}: {row[column]}: {names['age']} {known['age']!r} must be years"
+                    " from 0 to 120, or empty."
+                )
+        if listed.setdefault(row[column], known) != known:
+            faults.append(f"--images={path}: {row[column]} is listed twice and differently.")
+    if faults:
+        raise InputError(faults[:10])
+    table = pd.DataFrame(listed.values(), index=range(num_images))
+    return table.astype({"age": float}) if "age" in table else table
+
+
 def run(
     workdirs: Sequence[Path],
     images: str,
@@ -70,17 +119,23 @@ def run(
       The number of photographs that could be read.
 
     Raises:
-      InputError: no checkpoint, no photograph, or nowhere to write.
+      InputError: no checkpoint, no photograph, nowhere to write, or metadata that are none.
     """
     paths = find_images(images)
     if not output.parent.is_dir():
         raise InputError(f"--output={output}: there is no folder {output.parent}.")
     members = evaluate.load_all(workdirs, overrides, mesh)
+    codes = None
+    if any(member.config.model.metadata for member in members):
+        table = find_metadata(images, len(paths))
+        codes = metadata.encode(table)
+        metadata.announce(table)
+        _tell_missing(codes)
     canvases = [tuple(member.config.data.canvas) for member in members]
     answers = np.empty((len(members), len(paths), len(CLASSES)))
     for canvas in dict.fromkeys(canvases):  # each photograph is decoded once a canvas
         chosen = [n for n, other in enumerate(canvases) if other == canvas]
-        answers[chosen], errors = _classify([members[n] for n in chosen], paths, mesh)
+        answers[chosen], errors = _classify([members[n] for n in chosen], paths, codes, mesh)
     probabilities = answers.mean(axis=0)
     if parallel.is_main():
         _write(output, paths, probabilities, errors)
@@ -89,9 +144,18 @@ def run(
 
 
 def _classify(
-    members: Sequence[evaluate.Trained], paths: Sequence[Path], mesh: jax.sharding.Mesh
+    members: Sequence[evaluate.Trained],
+    paths: Sequence[Path],
+    codes: np.ndarray | None,
+    mesh: jax.sharding.Mesh,
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Returns the answers of members that share a canvas, and the errors by number of path.
+
+    Args:
+      members: of an ensemble.
+      paths: of the photographs.
+      codes: `metadata.encode`d, a row a path, where a member takes metadata.
+      mesh: the devices.
 
     Returns:
       (probabilities float64 [members, paths, 7], nan where a photograph is unreadable; {number of
@@ -110,8 +174,13 @@ def _classify(
 
     def flush() -> None:
         image = parallel.shard(mesh, batch[local])
+        beside = None
+        if codes is not None:
+            # The last rows of a batch that is not full are nobody's, whatever they hold.
+            beside = parallel.shard(mesh, codes[np.resize(waiting, batch_size)[local]])
         for number, (predict, member) in enumerate(zip(predictors, members, strict=True)):
-            answers = np.asarray(predict(member.variables, image))[: len(waiting)]
+            given = {"metadata": beside} if member.config.model.metadata else {}
+            answers = np.asarray(predict(member.variables, image, **given))[: len(waiting)]
             probabilities[number, waiting] = evaluate.normalised(answers)
         waiting.clear()
 
@@ -132,6 +201,14 @@ def _classify(
 
 
 def _from_csv(path: Path) -> list[Path]:
+    rows, column = _rows(path)
+    listed = dict.fromkeys(row[column] for row in rows)
+    beside = [path.parent / name for name in listed]
+    return [b if b.exists() else Path(name) for b, name in zip(beside, listed, strict=True)]
+
+
+def _rows(path: Path) -> tuple[list[dict[str, str]], str]:
+    """Returns the rows of a CSV that name a photograph, and the column that does."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     names = rows[0].keys() if rows else ()
@@ -141,9 +218,30 @@ def _from_csv(path: Path) -> list[Path]:
             f"--images={path}: no column of paths; one must be called"
             f" {', '.join(_PATH_COLUMNS)}. Found: {', '.join(names) or 'no rows'}."
         )
-    listed = dict.fromkeys(row[column] for row in rows if row[column])
-    beside = [path.parent / name for name in listed]
-    return [b if b.exists() else Path(name) for b, name in zip(beside, listed, strict=True)]
+    return [row for row in rows if row[column]], column
+
+
+def _years(text: str) -> float:
+    """Returns an age, nan where it is not known.
+
+    Raises:
+      ValueError: that is no age.
+    """
+    if text.lower() in metadata.UNKNOWN:
+        return math.nan
+    age = float(text)
+    if not 0 <= age <= 120:
+        raise ValueError
+    return age
+
+
+def _tell_missing(codes: np.ndarray) -> None:
+    num_without = int((codes == metadata.MISSING).all(1).sum())
+    if num_without and parallel.is_main():
+        console.log_line(
+            f"The network also takes age, sex and site, which {num_without} of {len(codes)}"
+            " photographs come without: give a CSV with columns path, age, sex, localization."
+        )
 
 
 def _write(output: Path, paths, probabilities, errors) -> None:

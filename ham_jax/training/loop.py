@@ -13,7 +13,7 @@ import numpy as np
 
 from ham_jax import CLASSES, checkpoints, console, models, parallel
 from ham_jax import config as configuration
-from ham_jax.data import feed
+from ham_jax.data import feed, metadata
 from ham_jax.data import prepare as preparation
 from ham_jax.evaluation import evaluate
 from ham_jax.training import losses, optim, step, telemetry
@@ -113,7 +113,11 @@ def train(
     labels = records.table["label"].to_numpy()[rows]
     plan = Plan.of(config, len(rows))
 
-    network = models.build(config.model, len(CLASSES))
+    num_metadata, codes = 0, None
+    if config.model.metadata:
+        num_metadata, codes = metadata.NUM_METADATA, metadata.encode(records.table)
+        metadata.announce(records.table)
+    network = models.build(config.model, len(CLASSES), num_metadata)
     schedule = optim.schedule(config.optim, plan.warmup_steps, plan.num_steps)
     params = jax.eval_shape(lambda: network.init(config.seed)[0])
     optimizer = optim.make(config.optim, schedule, params)
@@ -130,6 +134,7 @@ def train(
             val_rows,
             config.eval.batch_size,
             mesh,
+            config.model.metadata,
         )
         return numbers, probabilities
 
@@ -167,7 +172,7 @@ def train(
                 state = _steps(
                     state,
                     train_step,
-                    feed.batches(kind, records, rows, order, steps, mesh, together),
+                    feed.batches(kind, records, rows, order, steps, mesh, together, codes),
                     together,
                     plan,
                     config,
@@ -208,6 +213,8 @@ def _peak_images_per_s(train_step, state, config, canvas, mesh) -> float | None:
         "image": jax.ShapeDtypeStruct((size, *canvas, 3), np.uint8),
         "label": jax.ShapeDtypeStruct((size,), np.int32),
     }
+    if config.model.metadata:
+        batch["metadata"] = jax.ShapeDtypeStruct((size, metadata.NUM_METADATA), np.float32)
     return mesh.devices.size * peak / step.flop_per_image(train_step, state, batch)
 
 

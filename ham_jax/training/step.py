@@ -14,11 +14,15 @@ import ml_collections
 import optax
 
 from ham_jax import CLASSES, parallel
+from ham_jax.data import metadata
 from ham_jax.models import Network
 from ham_jax.training import augment, optim
 
 State = dict[str, Any]
 Batch = dict[str, jax.Array]
+
+# Folded into the step's key, after augmentation's own.
+_MODEL, _METADATA = augment.NUM_DRAWS, augment.NUM_DRAWS + 1
 
 
 def init_state(
@@ -71,10 +75,9 @@ def make_train_step(
 
     Returns:
       A function of a state and a global batch: `image` uint8 [B, H, W, 3], `label` int32 [B] and,
-      for a network that takes them, `metadata` float32 [B, M], which augmentation leaves as they
-      are. The scalars are the batch's `loss`, `accuracy`
-      (arg-max against the target's arg-max) and `grad_norm`, [] or [number of steps]. On GPU and
-      TPU the state given is consumed; on CPU, where donating costs time, it is not.
+      for a network that takes them, `metadata` float32 [B, M]. The scalars are the batch's `loss`,
+      `accuracy` (arg-max against the target's arg-max) and `grad_norm`, [] or [number of steps].
+      On GPU and TPU the state given is consumed; on CPU, where donating costs time, it is not.
     """
     root = jax.random.key(config.seed)
     num_parts = config.train.accumulate
@@ -114,16 +117,20 @@ def make_train_step(
 
     def train_step(state: State, batch: Batch):
         key = jax.random.fold_in(root, state["step"])
-        image, target, _ = augment.augment(
-            key, batch["image"], batch["label"], config.augment, len(CLASSES)
+        known = batch.get("metadata")
+        if known is not None:
+            of_metadata = jax.random.fold_in(key, _METADATA)
+            known = metadata.drop(of_metadata, known, config.model.metadata_dropout)
+        image, target, known = augment.augment(
+            key, batch["image"], batch["label"], config.augment, len(CLASSES), known
         )
         (value, (accuracy, batch_stats)), grads = gradient(
             state["params"],
             state["batch_stats"],
             image,
             target,
-            batch.get("metadata"),
-            jax.random.fold_in(key, augment.NUM_DRAWS),
+            known,
+            jax.random.fold_in(key, _MODEL),
         )
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)

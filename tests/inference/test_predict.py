@@ -9,7 +9,8 @@ import pytest
 
 from ham_jax import CLASSES, DISCLAIMER, config, parallel
 from ham_jax.config import InputError
-from ham_jax.evaluation import metrics
+from ham_jax.data import ham10000
+from ham_jax.evaluation import evaluate, metrics
 from ham_jax.inference import predict
 from ham_jax.training import loop
 
@@ -21,21 +22,30 @@ class NeverStop:
         return False
 
 
-@pytest.fixture(scope="module")
-def trained(tiny_records, tmp_path_factory):
+def train(tiny_records, workdir, **model):
     c = config.base()
     c.data.dir = str(tiny_records)
     c.data.canvas = (24, 32)
     c.data.num_folds = 3
     c.model.stem = "small"
+    c.model.update(model)
     c.augment.crop_px = 16
     c.optim.warmup = {"steps": 0}
     c.train.batch_size = 8
     c.train.duration = {"steps": 2}
     c.log.tensorboard = False
-    workdir = tmp_path_factory.mktemp("trained")
     loop.train(c, workdir, parallel.mesh(), NeverStop())
     return workdir
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_records, tmp_path_factory):
+    return train(tiny_records, tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="module")
+def trained_with_metadata(tiny_records, tmp_path_factory):
+    return train(tiny_records, tmp_path_factory.mktemp("with_metadata"), metadata=True)
 
 
 def answers(path):
@@ -90,6 +100,62 @@ def test_images_by_file_folder_glob_and_csv(tmp_path):
     for nothing in ("nope.jpg", "bad.csv", "*.tiff"):
         with pytest.raises(InputError, match="--images="):
             predict.find_images(str(tmp_path / nothing))
+
+
+def test_metadata_count_where_the_network_takes_them_and_only_there(
+    trained, trained_with_metadata, tiny_raw, tiny_records, tmp_path, capsys
+):
+    ids, _, _, evaluated = metrics.read_predictions(trained_with_metadata / "predictions.csv")
+    files = {p.stem: p for p in tiny_raw.rglob("*.jpg")}
+    about = ham10000.open_records(tiny_records).table.set_index("image_id").loc[ids]
+    about = about[["age", "sex", "localization"]].assign(path=[files[i] for i in ids])
+
+    def probabilities(workdir, table):
+        table.to_csv(tmp_path / "list.csv", index=False)
+        output = tmp_path / "answers.csv"
+        predict.run([workdir], str(tmp_path / "list.csv"), output, [], parallel.mesh())
+        return np.array([[float(row[dx]) for dx in CLASSES] for row in answers(output)])
+
+    np.testing.assert_array_equal(probabilities(trained_with_metadata, about), evaluated)
+    assert "come without" not in capsys.readouterr().err
+    older = about.assign(age=about["age"] + 30)
+    known = about["age"].notna().to_numpy()
+    moved = np.abs(probabilities(trained_with_metadata, older) - evaluated).max(1)
+    assert (moved[known] > 0).all()
+    assert (moved[~known] == 0).all()
+    without = probabilities(trained_with_metadata, about[["path"]])
+    assert (np.abs(without - evaluated).max(1) > 0).all()
+    assert f"which {len(ids)} of {len(ids)} photographs come without" in capsys.readouterr().err
+    nothing = about.assign(age="", sex="unknown", localization="left knee")
+    np.testing.assert_array_equal(probabilities(trained_with_metadata, nothing), without)
+    assert "'left knee'" in capsys.readouterr().err
+
+    np.testing.assert_array_equal(
+        probabilities(trained, about), probabilities(trained, about[["path"]])
+    )
+    evaluate.run([trained_with_metadata], "val", [], parallel.mesh(), tmp_path)
+    again = metrics.read_predictions(tmp_path / "predictions.csv")
+    np.testing.assert_array_equal(again[3], evaluated)
+
+
+def test_metadata_of_a_list(tmp_path):
+    listed = tmp_path / "list.csv"
+    listed.write_text(
+        "site,path,age_approx,sex\nback,a.jpg,45,male\n,,7,\nEar,b.jpg,,\nback,a.jpg,45.0,male\n"
+    )
+    assert len(predict.find_images(str(listed))) == 2
+    table = predict.find_metadata(str(listed), 2)
+    assert table.fillna(-1).to_dict("list") == {
+        "age": [45, -1],
+        "sex": ["male", ""],
+        "localization": ["back", "Ear"],
+    }
+    assert predict.find_metadata(str(tmp_path), 3).shape == (3, 0)
+    listed.write_text("path,age\na.jpg,fifty\nb.jpg,-3\nc.jpg,5\nc.jpg,6\n")
+    with pytest.raises(InputError) as refused:
+        predict.find_metadata(str(listed), 3)
+    for fault, part in zip(refused.value.faults, ("'fifty'", "'-3'", "c.jpg"), strict=True):
+        assert part in fault
 
 
 def test_an_output_in_a_missing_folder_is_refused_before_work(trained, tiny_raw, tmp_path):

@@ -32,7 +32,7 @@ class StopAfter:
         return self.asked == self.times
 
 
-def linear(model_config, num_classes):
+def linear(model_config, num_classes, num_metadata):
     """A network that costs nothing and compiles at once; its name decides what it looks at."""
     power = 1 if model_config.name == "resnet18" else 3
 
@@ -42,7 +42,7 @@ def linear(model_config, num_classes):
 
     kernel = np.random.default_rng(0).normal(0, 10, (2, num_classes))
     params = {"head": {"kernel": jnp.asarray(kernel, jnp.float32)}}
-    return models.Network("linear", (0,) * 3, (1,) * 3, lambda seed: (params, {}), apply)
+    return models.Network("linear", lambda seed: (params, {}), apply)
 
 
 @pytest.fixture(scope="module", autouse=True)

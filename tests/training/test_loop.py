@@ -5,10 +5,12 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 
 from ham_jax import checkpoints, config, models
 from ham_jax.config import InputError
+from ham_jax.data import metadata
 from ham_jax.evaluation import evaluate, metrics
 from ham_jax.training import loop, losses, optim, step, telemetry
 
@@ -141,19 +143,27 @@ def test_steps_taken_together_end_where_something_follows(num_steps, every, most
         assert not any(plan.saves(done) for done in range(group.start + 1, group.stop))
 
 
-def linear(config, num_classes):
+def linear(config, num_classes, num_metadata=0):
     """A network so small that a rolled loop of it is no burden on CPU."""
 
     def apply(params, batch_stats, image, train, key=None, metadata=None):
-        return image.mean((1, 2)) @ params["head"]["kernel"], batch_stats
+        features = image.mean((1, 2))
+        if num_metadata:
+            features = jnp.concatenate([features, metadata], axis=-1)
+        return features @ params["head"]["kernel"], batch_stats
 
-    kernel = np.linspace(-1, 1, 3 * num_classes, dtype=np.float32).reshape(3, num_classes)
-    params = {"head": {"kernel": jnp.asarray(kernel)}}
+    num_features = 3 + num_metadata
+    kernel = np.linspace(-1, 1, num_features * num_classes, dtype=np.float32)
+    params = {"head": {"kernel": jnp.asarray(kernel.reshape(num_features, num_classes))}}
     return models.Network("linear", lambda seed: (params, {}), apply)
 
 
-def test_steps_taken_together_are_the_same_steps(tiny, one_device, tmp_path, monkeypatch):
+@pytest.mark.parametrize("with_metadata", [False, True])
+def test_steps_taken_together_are_the_same_steps(
+    with_metadata, tiny, one_device, tmp_path, monkeypatch
+):
     monkeypatch.setattr(models, "build", linear)
+    tiny.model.metadata = with_metadata
     tiny.checkpoint.every = tiny.eval.every = {"steps": 5}
     one, three = tmp_path / "one", tmp_path / "three"
     loop.train(tiny, one, one_device, StopAfter())
@@ -163,6 +173,34 @@ def test_steps_taken_together_are_the_same_steps(tiny, one_device, tmp_path, mon
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6, err_msg=jax.tree_util.keystr(path))
     assert [row["step"] for row in lines(one)] == [2, 4, 5, 5]
     assert [row["step"] for row in lines(three)] == [3, 4, 5, 5]
+
+
+def test_metadata_draw_with_a_key_of_their_own_in_each_part_of_a_batch(tiny, one_device):
+    """Beside a network that ignores them, nothing changes; one that takes them sees each row's."""
+    batch = {
+        "image": np.random.default_rng(0).integers(0, 256, (8, 24, 32, 3), np.uint8),
+        "label": np.arange(8, dtype=np.int32) % 7,
+    }
+    codes = metadata.encode(pd.DataFrame({"age": np.arange(5.0, 85, 10), "sex": ["male"] * 8}))
+
+    def after_a_step(batch, num_metadata, dropout=0.5, parts=1):
+        tiny.model.metadata_dropout, tiny.train.accumulate = dropout, parts
+        net = linear(tiny.model, 7, num_metadata)
+        optimizer = optim.make(tiny.optim, lambda _: 0.1, net.init(0)[0])
+        take = step.make_train_step(
+            net, optimizer, losses.make_loss(tiny.loss, np.ones(7)), tiny, one_device
+        )
+        state, _ = take(step.init_state(net, optimizer, tiny, one_device), batch)
+        return np.asarray(state["params"]["head"]["kernel"])
+
+    np.testing.assert_array_equal(
+        after_a_step(batch, 0), after_a_step(batch | {"metadata": codes}, 0)
+    )
+    batch["metadata"] = codes
+    whole = after_a_step(batch, metadata.NUM_METADATA)
+    in_parts = after_a_step(batch, metadata.NUM_METADATA, parts=2)
+    np.testing.assert_allclose(in_parts, whole, rtol=0, atol=1e-6)
+    assert np.abs(whole - after_a_step(batch, metadata.NUM_METADATA, dropout=0.0)).max() > 1e-3
 
 
 def test_eval_rebuilds_the_run_from_its_folder_to_the_last_digit(tiny, one_device, tmp_path):
