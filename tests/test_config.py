@@ -1,7 +1,7 @@
 """A configuration is what it says, or is refused with every fault at once."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ham_jax import config as configuration
@@ -17,7 +17,11 @@ def faults_of(config, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "file", ["resnet.py", "resnet.py:34", "resnet.py:50", "efficientnet_lite.py:2", "demo.py"]
+    "file",
+    [
+        *("resnet.py", "resnet.py:34", "resnet.py:50", "efficientnet_lite.py:2", "demo.py"),
+        *("convnext.py", "convnext.py:tiny"),
+    ],
 )
 def test_every_config_file_is_valid(file, request):
     configuration.validate(configuration.load(f"{request.config.rootpath}/configs/{file}"))
@@ -89,6 +93,7 @@ def test_unknown_and_missing_keys_of_a_config_file_are_named():
     assert "seed is missing." in faults
 
 
+@settings(deadline=None)  # how busy the machine is proves nothing
 @given(st.sampled_from(KEYS), st.text(max_size=12))
 def test_any_text_for_any_key_is_set_or_refused_never_a_crash(key, text):
     c = configuration.base()

@@ -47,6 +47,7 @@ def problems(draw):
 @example(problem((8, 6), (3, 3), conv.Geometry(2, ((0, 1), (0, 1)))))
 @example(problem((7, 5), (1, 1), conv.Geometry(2, ((0, 0), (0, 0)))))
 @example(problem((8, 6), (5, 5), conv.Geometry(2, ((1, 2), (1, 2)), 4)))
+@example(problem((6, 5), (7, 7), conv.Geometry(1, ((3, 3), (3, 3)), 4)))
 @example(problem((9, 9), (2, 3), conv.Geometry(3, ((0, 0), (3, 0)), 4)))
 def test_every_form_equals_xlas_convolution_and_its_gradients(given):
     x, kernel, geometry = given
