@@ -202,8 +202,8 @@ def read(path: Path) -> dict[str, np.ndarray]:
         if path.suffix == ".safetensors":
             content: dict[str, Any] = safetensors.numpy.load_file(path)
         elif path.suffix == ".npz":
-            with np.load(path) as file:  # refuses pickles
-                content = dict(file)
+            with path.open("rb") as file, np.load(file) as arrays:  # refuses pickles
+                content = dict(arrays)
         else:
             content = torch_file.read(path)
     except InputError:
@@ -261,7 +261,7 @@ def convert(
     if not any(path in wrong or path in missing for path in fresh):
         fresh = []
     for path in fresh:
-        del values[path]
+        values.pop(path, None)
         if path in wrong:
             left[names[path]] = f"the head is of {tensors[names[path]].shape[0]} classes"
     taken = {name for path, name in names.items() if path in values}
