@@ -71,6 +71,29 @@ _EFFICIENTNET = (
     (r"top/norm", "_bn1"),
     (r"head", "_fc"),
 )
+_CONVNEXT = (
+    (r"stem/conv", "stem.0"),
+    (r"stem/norm", "stem.1"),
+    (r"stage\d/downsample/norm", "stages.{stage}.downsample.0"),
+    (r"stage\d/downsample/conv", "stages.{stage}.downsample.1"),
+    (r"stage\d/block(\d+)/depthwise", r"stages.{stage}.blocks.\1.conv_dw"),
+    (r"stage\d/block(\d+)/norm", r"stages.{stage}.blocks.\1.norm"),
+    (r"stage\d/block(\d+)/expand", r"stages.{stage}.blocks.\1.mlp.fc1"),
+    (r"stage\d/block(\d+)/project", r"stages.{stage}.blocks.\1.mlp.fc2"),
+    (r"stage\d/block(\d+)", r"stages.{stage}.blocks.\1.gamma"),  # the layer scale
+    (r"norm", "head.norm"),
+    (r"head", "head.fc"),
+)
+# facebookresearch/ConvNeXt's names -> timm's.
+_FACEBOOK = (
+    (r"downsample_layers\.0\.", "stem."),
+    (r"downsample_layers\.(\d)\.", r"stages.\1.downsample."),
+    (r"stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
+    (r"(.*)\.dwconv\.", r"\1.conv_dw."),
+    (r"(.*)\.pwconv(\d)\.", r"\1.mlp.fc\2."),
+    (r"norm\.", "head.norm."),
+    (r"head\.", "head.fc."),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,6 +261,8 @@ def convert(
     Raises:
       InputError: a tensor is missing, left over or of another shape; all are named.
     """
+    if "downsample_layers.0.0.weight" in tensors:
+        tensors = {_as_timm(name): value for name, value in tensors.items()}
     trees = {"params": params, "batch_stats": batch_stats}
     likes = flatten(trees)
     names = _names(list(likes), tensors, model_name)
@@ -314,29 +339,39 @@ def _names(paths: list[str], tensors: Tensors, model_name: str) -> dict[str, str
     """Returns {our path: name in the file}; None where files of its kind have nothing like it."""
     if any(name.startswith("params/") for name in tensors):
         return {path: path for path in paths}
-    if model_name in efficientnet.SCALES:
-        rules = _EFFICIENTNET
-    else:
-        deep = any("stem/conv1/" in path for path in paths)
-        rules = _RESNET_D if deep else _RESNET
-    blocks = {match.group() for path in paths if (match := re.search(r"stage\d/block\d+", path))}
-    counted = sorted(blocks, key=lambda block: [int(n) for n in re.findall(r"\d+", block)])
+    rules = _rules(paths, model_name)
+    places = {path: [int(n) for n in re.findall(r"/(?:stage|block)(\d+)", path)] for path in paths}
+    blocks = sorted({tuple(place) for place in places.values() if len(place) == 2})
     names: dict[str, str | None] = {}
     for path in paths:
         if path.startswith("batch_stats/normalize/"):
             continue
         module, _, leaf = path.split("/", 1)[1].removeprefix("backbone/").rpartition("/")
-        names[path] = None
-        for pattern, template in rules:
-            match = re.fullmatch(pattern, module)
-            if match:
-                name = match.expand(template)
-                if "{block}" in name:
-                    block = re.match(r"stage\d/block\d+", module).group()
-                    name = name.format(block=counted.index(block))
-                names[path] = f"{name}.{_LEAVES.get(leaf, leaf)}"
-                break
+        matches = ((re.fullmatch(pattern, module), template) for pattern, template in rules)
+        name = next((match.expand(template) for match, template in matches if match), None)
+        if name is not None:
+            if "{stage}" in name:
+                name = name.replace("{stage}", str(places[path][0] - 1))
+            if "{block}" in name:
+                name = name.replace("{block}", str(blocks.index(tuple(places[path]))))
+            name += "" if name.endswith(".gamma") else f".{_LEAVES.get(leaf, leaf)}"
+        names[path] = name
     return names
+
+
+def _rules(paths: list[str], model_name: str) -> tuple[tuple[str, str], ...]:
+    if model_name in efficientnet.SCALES:
+        return _EFFICIENTNET
+    if model_name.startswith("convnext"):
+        return _CONVNEXT
+    return _RESNET_D if any("stem/conv1/" in path for path in paths) else _RESNET
+
+
+def _as_timm(name: str) -> str:
+    """Returns timm's name for one of facebookresearch's ConvNeXt."""
+    for pattern, replacement in _FACEBOOK:
+        name = re.sub(f"^{pattern}", replacement, name)
+    return name
 
 
 def _as_ours(value: np.ndarray, num_axes: int, own: bool) -> np.ndarray:
