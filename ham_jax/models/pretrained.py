@@ -36,7 +36,8 @@ _FILES = ("model.safetensors", "pytorch_model.bin")  # of a hub repository, in o
 _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")  # keys of training checkpoints
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 _FRESH = ("params/head/", "params/fusion/")  # may be missing or of another shape
-_UNUSED = r"(.*\.)?num_batches_tracked"  # BatchNorm's counter, of no use at a fixed momentum
+# BatchNorm's counter is of no use at a fixed momentum; a run's metadata may not be wanted.
+_UNUSED = r"(.*\.)?num_batches_tracked|params/fusion/.*"
 
 # Module path, without `backbone/` -> torch's name. The first rule that matches counts.
 _RESNET = (
@@ -286,13 +287,14 @@ def convert(
     if not any(path in wrong or path in missing for path in fresh):
         fresh = []
     for path in fresh:
-        values.pop(path, None)
-        if path in wrong:
-            left[names[path]] = f"the head is of {tensors[names[path]].shape[0]} classes"
+        if path in values:
+            there, here = values.pop(path).shape[-1], likes[path].shape[-1]
+            other = f"{there} classes" if there != here else "other features"
+            left[names[path]] = f"its head is of {other}"
     taken = {name for path, name in names.items() if path in values}
     for name in tensors:
-        if re.fullmatch(_UNUSED, name):
-            left[name] = "counters that nothing needs"
+        if name not in taken and re.fullmatch(_UNUSED, name):
+            left[name] = "nothing here needs it"
     lists = {
         "missing": [text for path, text in missing.items() if path not in fresh],
         "of another shape": [text for path, text in wrong.items() if path not in fresh],
@@ -382,7 +384,7 @@ def _as_ours(value: np.ndarray, num_axes: int, own: bool) -> np.ndarray:
       num_axes: of ours: a 1x1 convolution and a matrix stand for each other.
       own: it is in our order already.
     """
-    if own or value.ndim < 2:
+    if own or value.ndim not in (2, 4):
         return value
     if value.ndim == 2:
         return value.T if num_axes == 2 else value.T[None, None]
@@ -467,15 +469,15 @@ def _described(config: Path, source: str, model_name: str) -> dict[str, tuple[fl
       InputError: it is of another architecture.
     """
     try:
-        content = json.loads(config.read_text())
+        content = dict(json.loads(config.read_text()))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise InputError(f"{config} is no JSON: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{config} is no JSON object: {error}") from error
     architecture = content.get("architecture")
     if architecture not in (None, model_name, f"{model_name}d"):
         raise InputError(
             f"model.pretrained = {source!r} is a {architecture}, not model.name = {model_name!r}."
         )
-    described = content.get("pretrained_cfg", content)
+    described = content.get("pretrained_cfg", {})
     return {key: tuple(described[key]) for key in ("mean", "std") if key in described}

@@ -73,7 +73,7 @@ def test_logits_are_timms(timm, name, stem, tmp_path):
     num_classes = recorded[timm].shape[-1]
     params, stats, report = pretrained.load(str(file), *shapes(name, num_classes, stem), name)
     assert report.fresh == ()
-    assert set(report.left.values()) <= {"counters that nothing needs"}
+    assert set(report.left.values()) <= {"nothing here needs it"}
     image = reference["patches"](64, 2)
     net = network(name, num_classes, stem)
     assert_same_logits(logits(net, params, stats, image), recorded[timm])
@@ -123,7 +123,7 @@ def test_another_number_of_classes_keeps_the_fresh_head():
     params, stats, report = pretrained.load(PYPI, *fresh, "efficientnet_lite0")
     np.testing.assert_array_equal(params["head"]["kernel"], fresh[0]["head"]["kernel"])
     assert report.fresh == ("head/bias", "head/kernel")
-    assert report.left["_fc.weight"] == "the head is of 1000 classes"
+    assert report.left["_fc.weight"] == "its head is of 1000 classes"
     backbone = params["backbone"]
     np.testing.assert_array_equal(
         backbone["stem"]["conv"]["kernel"], lite()[0]["backbone"]["stem"]["conv"]["kernel"]
@@ -156,6 +156,16 @@ def test_own_paths_are_read_from_npz_and_from_a_run(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, params, saved["params"])
         np.testing.assert_array_equal(stats["normalize"]["mean"], np.float32([0.1, 0.2, 0.3]))
         assert report.mean == pytest.approx((0.1, 0.2, 0.3))
+    tensors = {f"params/fusion/layer{n}/kernel": np.ones((64, 64), np.float32) for n in (1, 2)}
+    tensors["params/head/kernel"] = np.ones((512 + 64, 7), np.float32)
+    *_, report = pretrained.load(str(tmp_path / "run"), *like, "resnet18", lambda _: flat | tensors)
+    assert report.fresh == ("head/bias", "head/kernel")
+    assert report.left == {
+        "params/head/bias": "its head is of other features",
+        "params/head/kernel": "its head is of other features",
+        "params/fusion/layer1/kernel": "nothing here needs it",
+        "params/fusion/layer2/kernel": "nothing here needs it",
+    }
     with pytest.raises(InputError, match="folder of a run"):
         pretrained.load(str(tmp_path / "run"), *like, "resnet18")
 
