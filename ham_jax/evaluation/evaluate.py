@@ -24,8 +24,9 @@ from ham_jax.evaluation import metrics
 Variables = Mapping[str, Any]
 """{'params', 'batch_stats'} as nested dicts"""
 
-Predictor = Callable[[Variables, jax.Array], jax.Array]
-"""(variables, image uint8 [B, H, W, 3]) -> probabilities float32 [B, 7] on every process"""
+Predictor = Callable[..., jax.Array]
+"""(variables, image uint8 [B, H, W, 3], metadata float32 [B, M] or None=None) -> probabilities
+float32 [B, 7] on every process"""
 
 # Keys that --mode=eval and --mode=predict may set anew; the rest is what the run was trained with.
 MOVABLE = (
@@ -48,19 +49,23 @@ def make_predictor(
     group: 2 adds the mirror image, 4 all flips, 8 the quarter turns too.
     """
 
-    def probabilities(variables, image, k):
+    def probabilities(variables, image, k, metadata):
         view = preprocess.eval_view(
             image, config.augment.crop_px, config.eval.crop_scale, config.augment.shades_of_gray
         )
         view = preprocess.dihedral(view, k)
-        logits, _ = network.apply(variables["params"], variables["batch_stats"], view, train=False)
+        logits, _ = network.apply(
+            variables["params"], variables["batch_stats"], view, train=False, metadata=metadata
+        )
         return jax.nn.softmax(logits)
 
     compiled = jax.jit(probabilities, out_shardings=parallel.replicated(mesh))
 
-    def predict(variables: Variables, image: jax.Array) -> jax.Array:
+    def predict(
+        variables: Variables, image: jax.Array, metadata: jax.Array | None = None
+    ) -> jax.Array:
         # One program for all views: eight unrolled copies would compile eight times as long.
-        views = [compiled(variables, image, jnp.int32(k)) for k in range(config.eval.tta)]
+        views = [compiled(variables, image, jnp.int32(k), metadata) for k in range(config.eval.tta)]
         return sum(views[1:], views[0]) / len(views)
 
     return predict

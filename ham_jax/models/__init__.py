@@ -10,6 +10,7 @@ import ml_collections
 from flax import nnx
 
 from ham_jax.models import efficientnet, resnet
+from ham_jax.models.classifier import Classifier
 
 Tree = dict[str, Any]
 """Nested dicts of arrays with string keys."""
@@ -21,31 +22,49 @@ class Network:
 
     Attributes:
       name: such as resnet18.
-      mean: of RGB in [0, 1], what the network subtracts from the image.
-      std: what it then divides by.
-      init: seed -> (params, batch_stats), float32.
-      apply: (params, batch_stats, image float32 [B, H, W, 3] in [0, 1], train) ->
-        (logits float32 [B, C], new batch_stats). The network normalises the image itself, as its
-        weights expect. In training BatchNorm looks at the whole global batch.
+      init: seed -> (params, batch_stats), float32. `params` has the parts `backbone`, `head` and,
+        where metadata are used, `fusion`; `batch_stats` has `backbone` (where it has BatchNorm)
+        and `normalize`: the mean and std of RGB in [0, 1] that the weights expect.
+      apply: (params, batch_stats, image float32 [B, H, W, 3] in [0, 1], train, key=None,
+        metadata=None) -> (logits float32 [B, C], new batch_stats). The network normalises the
+        image itself. In training BatchNorm looks at the whole global batch, and dropout and
+        stochastic depth, where they are on, need a `key`. metadata: float32 [B, M], for a network
+        built with M > 0 of them.
     """
 
     name: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
     init: Callable[[int], tuple[Tree, Tree]]
-    apply: Callable[[Tree, Tree, jax.Array, bool], tuple[jax.Array, Tree]]
+    apply: Callable[..., tuple[jax.Array, Tree]]
 
 
-def build(config: ml_collections.ConfigDict, num_classes: int) -> Network:
-    """Returns the network that the section `model` names."""
-    family = efficientnet if config.name in efficientnet.SCALES else resnet
+def build(config: ml_collections.ConfigDict, num_classes: int, num_metadata: int = 0) -> Network:
+    """Returns the network that the section `model` names.
+
+    Args:
+      config: the section `model`.
+      num_classes: C.
+      num_metadata: M, the numbers known of each image beside its pixels; 0: none are used.
+    """
     dtype = _dtype(config.dtype)
+    random = config.dropout > 0 or config.drop_path > 0
 
-    def make(rngs: nnx.Rngs) -> nnx.Module:
-        if family is efficientnet:
-            return efficientnet.EfficientNetLite(config.name, num_classes, dtype, rngs)
-        return resnet.ResNet(
-            config.name, num_classes, config.stem, config.zero_init_residual, dtype, rngs
+    def make(rngs: nnx.Rngs) -> Classifier:
+        if config.name in efficientnet.SCALES:
+            family = efficientnet
+            backbone = efficientnet.EfficientNetLite(config.name, config.drop_path, dtype, rngs)
+        else:
+            family = resnet
+            backbone = resnet.ResNet(
+                config.name, config.stem, config.zero_init_residual, config.drop_path, dtype, rngs
+            )
+        return Classifier(
+            backbone,
+            num_classes,
+            family.MEAN,
+            family.STD,
+            dropout=config.dropout,
+            num_metadata=num_metadata,
+            rngs=rngs,
         )
 
     def init(seed: int) -> tuple[Tree, Tree]:
@@ -59,21 +78,39 @@ def build(config: ml_collections.ConfigDict, num_classes: int) -> Network:
     shape = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
     graphs = {
         train: nnx.split(
-            nnx.view(shape, use_running_average=not train),
+            # Not every backbone has BatchNorm.
+            nnx.view(
+                shape,
+                deterministic=not train,
+                use_running_average=not train,
+                raise_if_not_found=False,
+            ),
             nnx.Param,
             nnx.BatchStat,
         )[0]
         for train in (True, False)
     }
 
-    def apply(params: Tree, batch_stats: Tree, image: jax.Array, train: bool):
+    def apply(
+        params: Tree,
+        batch_stats: Tree,
+        image: jax.Array,
+        train: bool,
+        key: jax.Array | None = None,
+        metadata: jax.Array | None = None,
+    ):
+        if train and random and key is None:
+            raise ValueError("dropout and stochastic depth need a key in training")
+        if (metadata is None) != (num_metadata == 0):
+            raise ValueError(f"the network was built for {num_metadata} metadata")
         net = nnx.merge(graphs[train], params, batch_stats, copy=True)
-        logits = net(image)
+        rngs = nnx.Rngs(dropout=key) if train and random else None
+        logits = net(image, metadata, rngs)
         if train:
             batch_stats = nnx.to_pure_dict(nnx.state(net, nnx.BatchStat))
         return logits, batch_stats
 
-    return Network(config.name, family.MEAN, family.STD, init, apply)
+    return Network(config.name, init, apply)
 
 
 def _dtype(name: str) -> jnp.dtype:

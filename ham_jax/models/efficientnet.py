@@ -3,7 +3,7 @@
 Tan and Le, EfficientNet, ICML 2019; the Lite variants as released with the TensorFlow TPU models
 (2020): stem and head keep their width, the first and last stage their depth. Padding and epsilon
 are TensorFlow's, as published weights expect. Parameters are named by their place:
-`stem/conv/kernel`, `stage2/block0/depthwise/kernel`, `head/bias`.
+`stem/conv/kernel`, `stage2/block0/depthwise/conv/kernel`, `top/norm/scale`.
 """
 
 import math
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ham_jax.models import drop_path as stochastic_depth
 from ham_jax.models.conv import Conv
 from ham_jax.models.norm import Norm
 
@@ -55,71 +56,74 @@ class ConvNorm(nnx.Module):
 class Block(nnx.Module):
     """MBConv: widen, filter each channel by itself, narrow; around it where shapes agree."""
 
-    def __init__(self, num_in, num_out, size, stride, expansion, **make):
+    def __init__(self, num_in, num_out, size, stride, expansion, drop_path=0.0, **make):
         width = num_in * expansion
         self.expand = ConvNorm(num_in, width, 1, **make) if expansion > 1 else None
         self.depthwise = ConvNorm(width, width, size, stride, depthwise=True, **make)
         self.project = ConvNorm(width, num_out, 1, **make)
         self.around = stride == 1 and num_in == num_out
+        self.drop_path = stochastic_depth.DropPath(drop_path)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """[B, H, W, num_in] -> [B, H / stride, W / stride, num_out], rounded up."""
         y = x if self.expand is None else jax.nn.relu6(self.expand(x))
         y = self.project(jax.nn.relu6(self.depthwise(y)))
-        return x + y if self.around else y
+        return x + self.drop_path(y, rngs=rngs) if self.around else y
 
 
 class Stage(nnx.Module):
-    """Blocks of one width; the first one may halve the side."""
+    """Blocks of one width, one for each of `drop_paths`; the first one may halve the side."""
 
-    def __init__(self, num_in, num_out, num_blocks, size, stride, expansion, **make):
-        self.num_blocks = num_blocks
-        for number in range(num_blocks):
-            block = Block(num_in, num_out, size, 1 if number else stride, expansion, **make)
+    def __init__(self, num_in, num_out, drop_paths, size, stride, expansion, **make):
+        self.num_blocks = len(drop_paths)
+        for number, rate in enumerate(drop_paths):
+            block = Block(num_in, num_out, size, 1 if number else stride, expansion, rate, **make)
             setattr(self, f"block{number}", block)
             num_in = num_out
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """[B, H, W, num_in] -> [B, H / stride, W / stride, num_out], rounded up."""
         for number in range(self.num_blocks):
-            x = getattr(self, f"block{number}")(x)
+            x = getattr(self, f"block{number}")(x, rngs)
         return x
 
 
 class EfficientNetLite(nnx.Module):
-    """EfficientNet-Lite0, 1 or 2.
+    """EfficientNet-Lite0, 1 or 2 without a head: `num_features` is F.
 
     Args:
       name: a key of SCALES.
-      num_classes: C.
-      dtype: to compute in; parameters, statistics and logits are float32.
+      drop_path: stochastic depth of the last block.
+      dtype: to compute in; parameters, statistics and features are float32.
       rngs: for the initial weights.
     """
 
-    def __init__(self, name: str, num_classes: int, dtype, rngs: nnx.Rngs):
+    def __init__(self, name: str, drop_path: float, dtype, rngs: nnx.Rngs):
         depth, width = SCALES[name]
+        depths = [
+            math.ceil(num_blocks * depth) if 0 < number < len(_STAGES) - 1 else num_blocks
+            for number, (num_blocks, *_) in enumerate(_STAGES)
+        ]
+        rates = stochastic_depth.rates(drop_path, depths)
         make = {"dtype": dtype, "rngs": rngs}
         self.dtype = dtype
         self.stem = ConvNorm(3, _STEM, 3, 2, **make)
         num_channels = _STEM
-        for number, (num_blocks, size, stride, expansion, channels) in enumerate(_STAGES, 1):
-            if 1 < number < len(_STAGES):
-                num_blocks = math.ceil(num_blocks * depth)
+        for number, (_, size, stride, expansion, channels) in enumerate(_STAGES):
             num_out = _round_to_8(channels * width)
-            stage = Stage(num_channels, num_out, num_blocks, size, stride, expansion, **make)
-            setattr(self, f"stage{number}", stage)
+            stage = Stage(num_channels, num_out, rates[number], size, stride, expansion, **make)
+            setattr(self, f"stage{number + 1}", stage)
             num_channels = num_out
         self.top = ConvNorm(num_channels, _HEAD, 1, **make)
-        self.head = nnx.Linear(_HEAD, num_classes, rngs=rngs)
+        self.num_features = _HEAD
 
-    def __call__(self, image: jax.Array) -> jax.Array:
-        """RGB in [0, 1], [B, H, W, 3] -> logits float32 [B, C]."""
-        x = (image - jnp.array(MEAN)) / jnp.array(STD)
-        x = jax.nn.relu6(self.stem(x.astype(self.dtype)))
+    def __call__(self, image: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Normalised RGB, [B, H, W, 3] -> features float32 [B, F]."""
+        x = jax.nn.relu6(self.stem(image.astype(self.dtype)))
         for number in range(1, len(_STAGES) + 1):
-            x = getattr(self, f"stage{number}")(x)
+            x = getattr(self, f"stage{number}")(x, rngs)
         x = jax.nn.relu6(self.top(x))
-        return self.head(x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2)))
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
 
 
 def _round_to_8(channels: float) -> int:

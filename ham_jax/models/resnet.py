@@ -2,7 +2,7 @@
 
 He et al., Deep Residual Learning, CVPR 2016; the D variant is from He et al., Bag of Tricks for
 Image Classification, CVPR 2019. Parameters are named by their place: `stem/conv/kernel`,
-`stage1/block0/conv1/kernel`, `head/bias`.
+`stage1/block0/conv1/kernel`, `stage2/block0/shortcut/norm/scale`.
 """
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ham_jax.models import conv
+from ham_jax.models import drop_path as stochastic_depth
 from ham_jax.models.norm import Norm
 
 DEPTHS = {
@@ -48,7 +49,17 @@ class Block(nnx.Module):
     """Two 3x3 convolutions, or 1x1, 3x3, 1x1 with four times the channels, and a way around."""
 
     def __init__(
-        self, num_in, width, stride, *, bottleneck, averaged, zero_init, dtype, rngs: nnx.Rngs
+        self,
+        num_in,
+        width,
+        stride,
+        *,
+        bottleneck,
+        averaged,
+        zero_init,
+        drop_path=0.0,
+        dtype,
+        rngs: nnx.Rngs,
     ):
         make = {"dtype": dtype, "rngs": rngs}
         self.num_out = width * 4 if bottleneck else width
@@ -68,14 +79,16 @@ class Block(nnx.Module):
             if stride > 1 or num_in != self.num_out
             else None
         )
+        self.drop_path = stochastic_depth.DropPath(drop_path)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """[B, H, W, num_in] -> [B, H / stride, W / stride, num_out]."""
         around = x if self.shortcut is None else self.shortcut(x)
         for number in range(1, self.num_layers + 1):
             x = getattr(self, f"norm{number}")(getattr(self, f"conv{number}")(x))
-            x = jax.nn.relu(x if number < self.num_layers else x + around)
-        return x
+            if number < self.num_layers:
+                x = jax.nn.relu(x)
+        return jax.nn.relu(self.drop_path(x, rngs=rngs) + around)
 
 
 class Stem(nnx.Module):
@@ -106,44 +119,45 @@ class Stem(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Blocks of one width; the first one may halve the side."""
+    """Blocks of one width, one for each of `drop_paths`; the first one may halve the side."""
 
-    def __init__(self, num_in, width, num_blocks, stride, **make):
-        self.num_blocks = num_blocks
-        for number in range(num_blocks):
-            block = Block(num_in, width, stride if number == 0 else 1, **make)
+    def __init__(self, num_in, width, drop_paths, stride, **make):
+        self.num_blocks = len(drop_paths)
+        for number, rate in enumerate(drop_paths):
+            block = Block(num_in, width, 1 if number else stride, drop_path=rate, **make)
             setattr(self, f"block{number}", block)
             num_in = block.num_out
         self.num_out = num_in
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
         """[B, H, W, num_in] -> [B, H / stride, W / stride, num_out]."""
         for number in range(self.num_blocks):
-            x = getattr(self, f"block{number}")(x)
+            x = getattr(self, f"block{number}")(x, rngs)
         return x
 
 
 class ResNet(nnx.Module):
-    """ResNet-18, 34, 50 or 101.
+    """ResNet-18, 34, 50 or 101 without a head: `num_features` is F.
 
     Args:
       name: a key of DEPTHS.
-      num_classes: C.
       stem: imagenet, d or small.
       zero_init_residual: start each block as its shortcut (Goyal et al., arXiv:1706.02677).
-      dtype: to compute in; parameters, statistics and logits are float32.
+      drop_path: stochastic depth of the last block.
+      dtype: to compute in; parameters, statistics and features are float32.
       rngs: for the initial weights.
     """
 
-    def __init__(self, name, num_classes, stem, zero_init_residual, dtype, rngs: nnx.Rngs):
+    def __init__(self, name, stem, zero_init_residual, drop_path, dtype, rngs: nnx.Rngs):
         self.dtype = dtype
         self.stem = Stem(stem, dtype=dtype, rngs=rngs)
         num_channels = 64
-        for number, (width, num_blocks) in enumerate(zip(_WIDTHS, DEPTHS[name], strict=True)):
+        rates = stochastic_depth.rates(drop_path, DEPTHS[name])
+        for number, width in enumerate(_WIDTHS):
             stage = Stage(
                 num_channels,
                 width,
-                num_blocks,
+                rates[number],
                 stride=2 if number else 1,
                 bottleneck=name in BOTTLENECK,
                 averaged=stem == "d",
@@ -153,12 +167,11 @@ class ResNet(nnx.Module):
             )
             setattr(self, f"stage{number + 1}", stage)
             num_channels = stage.num_out
-        self.head = nnx.Linear(num_channels, num_classes, rngs=rngs)
+        self.num_features = num_channels
 
-    def __call__(self, image: jax.Array) -> jax.Array:
-        """RGB in [0, 1], [B, H, W, 3] -> logits float32 [B, C]."""
-        x = (image - jnp.array(MEAN)) / jnp.array(STD)
-        x = self.stem(x.astype(self.dtype))
+    def __call__(self, image: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Normalised RGB, [B, H, W, 3] -> features float32 [B, F]."""
+        x = self.stem(image.astype(self.dtype))
         for number in range(len(_WIDTHS)):
-            x = getattr(self, f"stage{number + 1}")(x)
-        return self.head(x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2)))
+            x = getattr(self, f"stage{number + 1}")(x, rngs)
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))

@@ -12,7 +12,8 @@ import ml_collections
 
 from ham_jax.data import preprocess
 
-_CROP, _DIHEDRAL, _COLOR, _CUTOUT, _CHOICE, _MIXUP, _CUTMIX = range(7)
+NUM_DRAWS = 7  # the keys fold_in(key, 0 to 6) are taken
+_CROP, _DIHEDRAL, _COLOR, _CUTOUT, _CHOICE, _MIXUP, _CUTMIX = range(NUM_DRAWS)
 
 
 def augment(
@@ -37,7 +38,7 @@ def augment(
     Returns:
       (float32 [B, crop_px, crop_px, 3], float32 [B, C]).
     """
-    keys = [jax.random.fold_in(key, number) for number in range(7)]
+    keys = [jax.random.fold_in(key, number) for number in range(NUM_DRAWS)]
     batch_size, height, width, _ = image.shape
     if config.strength:
         boxes = draw_boxes(

@@ -110,6 +110,8 @@ def ema_decay_at(step: jax.typing.ArrayLike, decay: float) -> jax.Array:
 def update_ema(ema: Tree, new: Tree, step: jax.typing.ArrayLike, decay: float) -> Tree:
     """Returns the moving average after step number `step`, which counts from 0.
 
+    Written as a correction, so that what never changes stays as it is to the last bit.
+
     Args:
       ema: the average so far.
       new: what the step has produced, a tree of the same shapes.
@@ -117,7 +119,7 @@ def update_ema(ema: Tree, new: Tree, step: jax.typing.ArrayLike, decay: float) -
       decay: the share of the old average in the long run.
     """
     keep = ema_decay_at(step, decay)
-    return jax.tree.map(lambda e, n: (keep * e + (1 - keep) * n).astype(e.dtype), ema, new)
+    return jax.tree.map(lambda e, n: (e + (1 - keep) * (n - e)).astype(e.dtype), ema, new)
 
 
 def _direction(config) -> list[optax.GradientTransformation]:

@@ -79,26 +79,30 @@ def make_train_step(
       mesh: the devices, axis `data`.
 
     Returns:
-      A function of a state and a global batch. The scalars are the batch's `loss`, `accuracy`
+      A function of a state and a global batch: `image` uint8 [B, H, W, 3], `label` int32 [B] and,
+      for a network that takes them, `metadata` float32 [B, M], which augmentation leaves as they
+      are. The scalars are the batch's `loss`, `accuracy`
       (arg-max against the target's arg-max) and `grad_norm`, [] or [number of steps]. On GPU and
       TPU the state given is consumed; on CPU, where donating costs time, it is not.
     """
     root = jax.random.key(config.seed)
     num_parts = config.train.accumulate
 
-    def part_gradient(params, batch_stats, image, target, batch_size):
+    def part_gradient(params, batch_stats, image, target, metadata, key, batch_size):
         def summed(params):
-            logits, new_stats = network.apply(params, batch_stats, image, train=True)
+            logits, new_stats = network.apply(
+                params, batch_stats, image, train=True, key=key, metadata=metadata
+            )
             hits = (logits.argmax(-1) == target.argmax(-1)).sum()
             return loss(logits, target).sum() / batch_size, (hits / batch_size, new_stats)
 
         return jax.value_and_grad(summed, has_aux=True)(params)
 
-    def gradient(params, batch_stats, image, target):
+    def gradient(params, batch_stats, image, target, metadata, key):
         """Over `accumulate` parts; the gradients add up to that of the whole batch's mean."""
         batch_size = len(image)
         if num_parts == 1:
-            return part_gradient(params, batch_stats, image, target, batch_size)
+            return part_gradient(params, batch_stats, image, target, metadata, key, batch_size)
 
         def add(carry, part):
             (value, (hits, batch_stats)), grads = carry
@@ -107,8 +111,10 @@ def make_train_step(
 
         # Part i takes every num_parts-th row, so that each device works on rows it has.
         parts = jax.tree.map(
-            lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), (image, target)
+            lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1),
+            (image, target, metadata),
         )
+        parts = (*parts, jax.random.split(key, num_parts))
         zero = jnp.zeros((), jnp.float32)
         start = ((zero, (zero, batch_stats)), jax.tree.map(jnp.zeros_like, params))
         # XLA's CPU backend runs convolutions in a rolled loop 12 to 28 times slower.
@@ -121,7 +127,12 @@ def make_train_step(
             key, batch["image"], batch["label"], config.augment, len(CLASSES)
         )
         (value, (accuracy, batch_stats)), grads = gradient(
-            state["params"], state["batch_stats"], image, target
+            state["params"],
+            state["batch_stats"],
+            image,
+            target,
+            batch.get("metadata"),
+            jax.random.fold_in(key, augment.NUM_DRAWS),
         )
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)

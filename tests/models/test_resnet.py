@@ -51,9 +51,11 @@ def test_number_of_parameters_is_the_published_one(name, published):
 def test_parameters_are_float32_and_named_by_their_place():
     params, stats = start()
     flat = paths(params)
-    assert {"stem/conv/kernel", "stem/norm/scale", "head/kernel", "head/bias"} <= set(flat)
-    assert {"stage1/block0/conv1/kernel", "stage2/block0/shortcut/conv/kernel"} <= set(flat)
-    assert {"stage4/block1/norm2/mean", "stage4/block1/norm2/var"} <= set(paths(stats))
+    assert set(params) == {"backbone", "head"}
+    assert set(stats) == {"backbone", "normalize"}
+    assert {"stem/conv/kernel", "stem/norm/scale"} <= set(paths(params["backbone"]))
+    assert "stage2/block0/shortcut/conv/kernel" in paths(params["backbone"])
+    assert {"stage4/block1/norm2/mean", "stage4/block1/norm2/var"} <= set(paths(stats["backbone"]))
     assert {leaf.dtype for leaf in jax.tree.leaves((params, stats))} == {jnp.dtype("float32")}
     # Weight decay and its like find what to act on by this name.
     assert {p for p, leaf in flat.items() if leaf.ndim > 1} == {
@@ -160,9 +162,10 @@ def test_training_moves_the_statistics_and_evaluation_does_not():
     assert logits.shape == (8, 7)
     assert not np.allclose(logits, still, atol=1e-3)
     jax.tree.map(np.testing.assert_array_equal, new, kept)
-    normal = (image - np.array(net.mean)) / np.array(net.std)
-    y = numpy_conv(normal, params["stem"]["conv"]["kernel"], 2)
-    np.testing.assert_allclose(new["stem"]["norm"]["mean"], 0.1 * y.mean((0, 1, 2)), atol=1e-5)
+    normal = (image - np.array(resnet.MEAN)) / np.array(resnet.STD)
+    y = numpy_conv(normal, params["backbone"]["stem"]["conv"]["kernel"], 2)
+    moved = new["backbone"]["stem"]["norm"]["mean"]
+    np.testing.assert_allclose(moved, 0.1 * y.mean((0, 1, 2)), atol=1e-5)
     # An image's answer does not depend on its neighbours.
     alone, _ = apply(params, new, np.concatenate([image[:1], image[:1] * 0 + 1] * 4), False)
     np.testing.assert_allclose(alone[0], still[0], atol=1e-4)

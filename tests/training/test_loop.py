@@ -144,12 +144,12 @@ def test_steps_taken_together_end_where_something_follows(num_steps, every, most
 def linear(config, num_classes):
     """A network so small that a rolled loop of it is no burden on CPU."""
 
-    def apply(params, batch_stats, image, train):
+    def apply(params, batch_stats, image, train, key=None, metadata=None):
         return image.mean((1, 2)) @ params["head"]["kernel"], batch_stats
 
     kernel = np.linspace(-1, 1, 3 * num_classes, dtype=np.float32).reshape(3, num_classes)
     params = {"head": {"kernel": jnp.asarray(kernel)}}
-    return models.Network("linear", (0,) * 3, (1,) * 3, lambda seed: (params, {}), apply)
+    return models.Network("linear", lambda seed: (params, {}), apply)
 
 
 def test_steps_taken_together_are_the_same_steps(tiny, one_device, tmp_path, monkeypatch):
