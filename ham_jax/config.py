@@ -24,6 +24,7 @@ CHOICES = {
     "model.name": (
         *("resnet18", "resnet34", "resnet50", "resnet101"),
         *("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"),
+        *("convnext_atto", "convnext_femto", "convnext_pico", "convnext_nano", "convnext_tiny"),
     ),
     "model.stem": ("imagenet", "d", "small"),
     "model.dtype": ("auto", "float32", "bfloat16"),
@@ -128,7 +129,9 @@ def base() -> ml_collections.ConfigDict:
     data.num_workers = 0  # processes that decode in prepare; 0: one a core
 
     c.model = model = ml_collections.ConfigDict()
-    model.name = "resnet18"  # resnet18 | 34 | 50 | 101, efficientnet_lite0 | lite1 | lite2
+    # resnet18 | 34 | 50 | 101, efficientnet_lite0 | lite1 | lite2,
+    # convnext_atto | femto | pico | nano | tiny
+    model.name = "resnet18"
     # Of ResNets, imagenet: 7x7/2 + pool | d: three 3x3 + pool | small: one 3x3.
     model.stem = "imagenet"
     model.zero_init_residual = True  # of ResNets: each residual branch starts at zero
@@ -354,6 +357,11 @@ def validate(config: ml_collections.ConfigDict, num_devices: int = 1) -> None:
     if len(config.augment.crop_scale) == 2 and config.augment.crop_scale[1] > 1:
         faults.append(
             f"augment.crop_scale = {config.augment.crop_scale!r} is a share: 1 at the most."
+        )
+    if config.model.name.startswith("convnext") and config.augment.crop_px < 32:
+        faults.append(
+            f"augment.crop_px = {config.augment.crop_px} leaves {config.model.name} no pixel: it"
+            " takes the side down to a 32nd; set 32 or more."
         )
     if config.train.steps_per_dispatch > 1 and config.data.feed == "stream":
         faults.append(

@@ -17,7 +17,11 @@ def faults_of(config, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "file", ["resnet.py", "resnet.py:34", "resnet.py:50", "efficientnet_lite.py:2", "demo.py"]
+    "file",
+    [
+        *("resnet.py", "resnet.py:34", "resnet.py:50", "efficientnet_lite.py:2", "demo.py"),
+        *("convnext.py", "convnext.py:tiny"),
+    ],
 )
 def test_every_config_file_is_valid(file, request):
     configuration.validate(configuration.load(f"{request.config.rootpath}/configs/{file}"))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
-from ham_jax.models import efficientnet, resnet
+from ham_jax.models import convnext, efficientnet, resnet
 from ham_jax.models.classifier import Classifier
 
 Tree = dict[str, Any]
@@ -52,6 +52,9 @@ def build(config: ml_collections.ConfigDict, num_classes: int, num_metadata: int
         if config.name in efficientnet.SCALES:
             family = efficientnet
             backbone = efficientnet.EfficientNetLite(config.name, config.drop_path, dtype, rngs)
+        elif config.name in convnext.SCALES:
+            family = convnext
+            backbone = convnext.ConvNeXt(config.name, config.drop_path, dtype, rngs)
         else:
             family = resnet
             backbone = resnet.ResNet(

@@ -323,18 +323,21 @@ def max_pool(x: jax.Array, size: int, stride: int, padding: int) -> jax.Array:
 
 
 class Conv(nnx.Module):
-    """A convolution without bias.
+    """A convolution.
 
     Args:
       num_in: channels in.
       num_out: channels out.
-      size: of the square kernel, odd.
+      size: of the square kernel.
       stride: in both directions.
       depthwise: each channel by itself; num_out equals num_in.
       same: pad as TensorFlow does, the odd zero below and to the right, so that a strided kernel
-        over an even side starts at its first pixel; else by half the kernel on each side.
-      dtype: to compute in; the kernel is kept in float32.
-      rngs: for He initialisation (fan out, as for ResNets: He et al., ICCV 2015).
+        over an even side starts at its first pixel; else by half the kernel on each side, and an
+        even kernel, which cuts a map into patches, not at all.
+      bias: add one number a channel, at first 0.
+      init: of the kernel; None: He's (fan out, as for ResNets: He et al., ICCV 2015).
+      dtype: to compute in; the parameters are kept in float32.
+      rngs: for the initial kernel.
     """
 
     def __init__(
@@ -346,23 +349,31 @@ class Conv(nnx.Module):
         *,
         depthwise: bool = False,
         same: bool = False,
+        bias: bool = False,
+        init: jax.nn.initializers.Initializer | None = None,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        # Each depthwise channel feeds one channel only.
-        axes = {"in_axis": -2, "out_axis": -2, "batch_axis": -1} if depthwise else {}
-        init = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal", **axes)
+        if init is None:
+            # Each depthwise channel feeds one channel only.
+            axes = {"in_axis": -2, "out_axis": -2, "batch_axis": -1} if depthwise else {}
+            init = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal", **axes)
         shape = (size, size, 1 if depthwise else num_in, num_out)
         self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(num_out)) if bias else None
         self.size, self.stride, self.same, self.dtype = size, stride, same, dtype
         self.groups = num_in if depthwise else 1
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, num_in] -> [B, H / stride, W / stride, num_out], rounded up."""
+        """[B, H, W, num_in] -> [B, H / stride, W / stride, num_out].
+
+        Rounded up; down for an even kernel that is not `same`.
+        """
         window, strides = (self.size, self.size), (self.stride, self.stride)
         if self.same:
             pads = tuple(lax.padtype_to_pads(x.shape[1:3], window, strides, "SAME"))
         else:
-            pads = ((self.size // 2, self.size // 2),) * 2
+            pads = ((self.size // 2 * (self.size % 2),) * 2,) * 2
         kernel = self.kernel[...].astype(self.dtype)
-        return conv(x.astype(self.dtype), kernel, self.stride, pads, self.groups)
+        y = conv(x.astype(self.dtype), kernel, self.stride, pads, self.groups)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
