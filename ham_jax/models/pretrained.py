@@ -26,7 +26,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from ham_jax.config import InputError
-from ham_jax.models import efficientnet, resnet, torch_file
+from ham_jax.models import convnext, efficientnet, resnet, torch_file
 
 Tree = dict[str, Any]
 Tensors = Mapping[str, np.ndarray]
@@ -92,8 +92,8 @@ _FACEBOOK = (
     (r"stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
     (r"(.*)\.dwconv\.", r"\1.conv_dw."),
     (r"(.*)\.pwconv(\d)\.", r"\1.mlp.fc\2."),
-    (r"norm\.", "head.norm."),
     (r"head\.", "head.fc."),
+    (r"norm\.", "head.norm."),
 )
 
 
@@ -267,7 +267,7 @@ def convert(
     trees = {"params": params, "batch_stats": batch_stats}
     likes = flatten(trees)
     names = _names(list(likes), tensors, model_name)
-    family = efficientnet if model_name in efficientnet.SCALES else resnet
+    family = next((f for f in (efficientnet, convnext) if model_name in f.SCALES), resnet)
     values = {
         "batch_stats/normalize/mean": np.array(source.mean or family.MEAN),
         "batch_stats/normalize/std": np.array(source.std or family.STD),
@@ -364,7 +364,7 @@ def _names(paths: list[str], tensors: Tensors, model_name: str) -> dict[str, str
 def _rules(paths: list[str], model_name: str) -> tuple[tuple[str, str], ...]:
     if model_name in efficientnet.SCALES:
         return _EFFICIENTNET
-    if model_name.startswith("convnext"):
+    if model_name in convnext.SCALES:
         return _CONVNEXT
     return _RESNET_D if any("stem/conv1/" in path for path in paths) else _RESNET
 

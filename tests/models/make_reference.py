@@ -86,7 +86,7 @@ def state_dict():
     import torch
 
     shared = torch.arange(24, dtype=torch.float32).reshape(4, 6)
-    types = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"]
+    types = ["float64", "float32", "float16", "bfloat16", "int64", "uint8", "bool"]
     state = torch.nn.Linear(3, 2).state_dict()  # comes with _metadata
     state["weight"].copy_(torch.arange(6).reshape(2, 3))
     state["bias"].copy_(torch.tensor([0.5, -0.5]))

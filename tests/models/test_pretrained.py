@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import runpy
 import sys
 import zipfile
@@ -14,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -65,6 +66,8 @@ def assert_same_logits(ours, torchs):
     [
         ("resnet50", "resnet50", "imagenet"),
         ("resnet18d", "resnet18", "d"),
+        ("convnext_atto", "convnext_atto", "imagenet"),
+        ("convnext_tiny", "convnext_tiny", "imagenet"),
     ],
 )
 def test_logits_are_timms(timm, name, stem, tmp_path):
@@ -77,6 +80,34 @@ def test_logits_are_timms(timm, name, stem, tmp_path):
     image = reference["patches"](64, 2)
     net = network(name, num_classes, stem)
     assert_same_logits(logits(net, params, stats, image), recorded[timm])
+
+
+def as_facebook(name):
+    """Returns the original name of one of timm's for a ConvNeXt."""
+    for timm, original in (
+        (r"stem", "downsample_layers.0"),
+        (r"stages\.(\d)\.downsample", r"downsample_layers.\1"),
+        (r"(stages\.\d)\.blocks\.(\d)", r"\1.\2"),
+        (r"(.*)\.conv_dw", r"\1.dwconv"),
+        (r"(.*)\.mlp\.fc(\d)", r"\1.pwconv\2"),
+        (r"head\.norm", "norm"),
+        (r"head\.fc", "head"),
+    ):
+        name = re.sub(rf"^{timm}(?=\.)", original, name)
+    return name
+
+
+def test_the_authors_names_of_convnext_are_read_too(tmp_path):
+    tensors = drawn("convnext_tiny")
+    renamed = {as_facebook(name): value for name, value in tensors.items()}
+    assert {"downsample_layers.3.1.bias", "stages.2.8.pwconv1.weight", "norm.bias"} < set(renamed)
+    loaded = []
+    for number, state in enumerate((tensors, renamed)):
+        file = tmp_path / f"{number}.safetensors"
+        safetensors.numpy.save_file(state, file)
+        like = shapes("convnext_tiny", 16)
+        loaded.append(pretrained.load(str(file), *like, "convnext_tiny")[:2])
+    jax.tree.map(np.testing.assert_array_equal, *loaded)
 
 
 @functools.cache
@@ -263,6 +294,7 @@ FLOATS = st.sampled_from([np.float16, np.float32, np.float64]).flatmap(
 )
 
 
+@settings(deadline=None)  # it writes files
 @given(st.dictionaries(st.from_regex(r"[a-z][a-z0-9_.]{0,8}", fullmatch=True), FLOATS, min_size=1))
 def test_arrays_read_back_as_they_were_written(tmp_path_factory, tensors):
     folder = tmp_path_factory.mktemp("arrays")
@@ -287,7 +319,7 @@ def test_bfloat16_of_safetensors(tmp_path):
 @pytest.mark.parametrize("name", ["torch_zip.pth", "torch_legacy.pth"])
 def test_files_of_torch(name):
     state = pretrained.read(HERE / name)
-    types = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
+    types = ("float64", "float32", "float16", "bfloat16", "int64", "uint8", "bool")
     for dtype in types:
         expected = np.arange(5).astype(dtype)
         assert state[dtype].dtype == expected.dtype
