@@ -36,6 +36,7 @@ def network(name, num_classes, stem="imagenet"):
     return models.build(section, num_classes)
 
 
+@functools.cache
 def shapes(name, num_classes, stem="imagenet"):
     return jax.eval_shape(lambda: network(name, num_classes, stem).init(0))
 
