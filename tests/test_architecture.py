@@ -54,6 +54,8 @@ ONLY_IN = {
     "orbax": ["checkpoints.py"],
     "optax": ["training/losses.py", "training/optim.py", "training/step.py"],
     "flax": ["models/", "training/step.py"],
+    "huggingface_hub": ["models/pretrained.py"],
+    "safetensors": ["models/pretrained.py"],
     "PIL": ["data/image.py"],
     "matplotlib": ["evaluation/report.py"],
     "rich": ["console.py"],

@@ -16,6 +16,7 @@ from ham_jax import config as configuration
 from ham_jax.data import feed, metadata
 from ham_jax.data import prepare as preparation
 from ham_jax.evaluation import evaluate
+from ham_jax.models import pretrained
 from ham_jax.training import losses, optim, step, telemetry
 
 _AHEAD = 2  # dispatches before the oldest must be ready: bounds the batches in memory
@@ -107,17 +108,21 @@ def train(
       telemetry.NonFiniteLoss: training diverged; the last good checkpoint is kept.
     """
     checkpoints.check_run_config(workdir, config)
+    num_metadata = metadata.NUM_METADATA if config.model.metadata else 0
+    network = models.build(config.model, len(CLASSES), num_metadata)
+    weights = None
+    if config.model.pretrained and not checkpoints.has_checkpoints(workdir):
+        weights = _pretrained(network, config)
     data = preparation.prepare(config)
     records, rows = data.select("train")
     val_records, val_rows = data.select("val")
     labels = records.table["label"].to_numpy()[rows]
     plan = Plan.of(config, len(rows))
-
-    num_metadata, codes = 0, None
-    if config.model.metadata:
-        num_metadata, codes = metadata.NUM_METADATA, metadata.encode(records.table)
+    codes = None
+    if num_metadata:
+        codes = metadata.encode(records.table)
         metadata.announce(records.table)
-    network = models.build(config.model, len(CLASSES), num_metadata)
+
     schedule = optim.schedule(config.optim, plan.warmup_steps, plan.num_steps)
     params = jax.eval_shape(lambda: network.init(config.seed)[0])
     optimizer = optim.make(config.optim, schedule, params)
@@ -147,7 +152,7 @@ def train(
         "classes": list(CLASSES),
         "records": records.fingerprint,
     }
-    state = step.init_state(network, optimizer, config, mesh)
+    state = step.init_state(network, optimizer, config, mesh, weights)
     with checkpoints.Checkpoints(workdir, config.checkpoint.keep) as saved:
         if saved.latest() is not None:
             state, _ = saved.restore(None, state, mesh)
@@ -189,6 +194,23 @@ def train(
     _, probabilities = validate(state)
     about = {"step": best, "tta": config.eval.tta, "records": records.fingerprint}
     return evaluate.report(workdir, "val", about, val_records, val_rows, probabilities)
+
+
+def _pretrained(
+    network: models.Network, config: ml_collections.ConfigDict
+) -> tuple[models.Tree, models.Tree]:
+    """Returns the (params, batch_stats) that `model.pretrained` names, and says what they are."""
+
+    def read_run(folder: Path) -> dict[str, np.ndarray]:
+        params, batch_stats, ema, _, _ = checkpoints.load_for_inference(folder)
+        return pretrained.flatten(ema or {"params": params, "batch_stats": batch_stats})
+
+    *weights, report = pretrained.load(
+        config.model.pretrained, *network.init(config.seed), config.model.name, read_run
+    )
+    if parallel.is_main():
+        console.log_line(report.text())
+    return tuple(weights)
 
 
 def _most_together(config: ml_collections.ConfigDict, feed: str) -> int:

@@ -15,7 +15,7 @@ import optax
 
 from ham_jax import CLASSES, parallel
 from ham_jax.data import metadata
-from ham_jax.models import Network
+from ham_jax.models import Network, Tree
 from ham_jax.training import augment, optim
 
 State = dict[str, Any]
@@ -30,9 +30,18 @@ def init_state(
     optimizer: optax.GradientTransformation,
     config: ml_collections.ConfigDict,
     mesh: jax.sharding.Mesh,
+    weights: tuple[Tree, Tree] | None = None,
 ) -> State:
-    """Returns the state of step 0, replicated on the mesh."""
-    params, batch_stats = network.init(config.seed)
+    """Returns the state of step 0, replicated on the mesh.
+
+    Args:
+      network: the model's pure functions.
+      optimizer: from `optim.make`.
+      config: the whole configuration.
+      mesh: the devices, axis `data`.
+      weights: (params, batch_stats) to start from; None: those of `network.init`.
+    """
+    params, batch_stats = weights or network.init(config.seed)
     state = {
         "step": jnp.zeros((), jnp.int32),
         "params": params,

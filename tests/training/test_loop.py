@@ -243,6 +243,27 @@ def test_a_diverged_run_names_the_step_and_keeps_the_last_good_checkpoint(
     assert all(np.isfinite(x).all() for _, x in leaves)
 
 
+def test_a_run_starts_from_the_weights_of_another(tiny, one_device, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    tiny.train.duration = {"steps": 2}
+    loop.train(tiny, first, one_device, StopAfter())
+    *_, ema, _, _ = checkpoints.load_for_inference(first)
+
+    tiny.model.pretrained = str(first)
+    tiny.optim.learning_rate = 0.0
+    loop.train(tiny, second, one_device, StopAfter())
+    params, _, ema_of_second, _, _ = checkpoints.load_for_inference(second)
+    jax.tree.map(np.testing.assert_array_equal, params, ema["params"])
+    jax.tree.map(np.testing.assert_allclose, ema_of_second["params"], ema["params"])
+    assert f"weights: {first}" in capsys.readouterr().err
+
+    first.rename(tmp_path / "elsewhere")  # a run that is taken up again does not need it
+    loop.train(tiny, second, one_device, StopAfter())
+    tiny.data.dir = str(tmp_path / "no data")
+    with pytest.raises(InputError, match=r"model.pretrained = .*no such file"):
+        loop.train(tiny, tmp_path / "third", one_device, StopAfter())
+
+
 def test_the_folder_of_another_run_is_refused(tiny, one_device, tmp_path):
     with pytest.raises(loop.Preempted):
         loop.train(tiny, tmp_path, one_device, StopAfter(1))

