@@ -58,7 +58,7 @@ def choose(x: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> F
     if dilation > 1 or (groups > 1 and not depthwise):
         return Forms("direct", "direct", "direct")
     if depthwise:
-        # 49 sums in one loop compile for 3 to 10 s, a loop of 7 for 1 to 3, and run as fast.
+        # 49 sums in one loop compile for 1.3 to 2.0 s of CPU time, 7 at a time for 0.4 to 0.6 s.
         return Forms("shifted", "shifted", "scanned" if kh * kw <= 25 else "scanned_rows")
     if kh == kw == 1 and pads == ((0, 0), (0, 0)):
         return Forms("product", "product", "product")
