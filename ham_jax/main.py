@@ -6,6 +6,7 @@ python -m ham_jax.main --mode=crossval --config=configs/resnet.py --workdir=runs
 python -m ham_jax.main --mode=eval --workdir=runs/resnet --split=val
 python -m ham_jax.main --mode=eval --workdir=runs/a,runs/b --split=test --output=runs/both
 python -m ham_jax.main --mode=predict --workdir=runs/resnet --images=photographs/
+python -m ham_jax.main --mode=compare --predictions runs/a/predictions.csv runs/b/predictions.csv
 """
 
 import re
@@ -21,7 +22,7 @@ _CONFIG = flags.DEFINE_string(
     "config", None, "A file of configs/, with :argument for a variant; --config.a.b=c sets one key."
 )
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "crossval", "prepare", "eval", "predict"], "What to do."
+    "mode", "train", ["train", "crossval", "prepare", "eval", "predict", "compare"], "What to do."
 )
 _WORKDIR = flags.DEFINE_list(
     "workdir",
@@ -38,6 +39,9 @@ _OUTPUT = flags.DEFINE_string(
     None,
     "--mode=predict: the CSV to write. Default: <workdir>/predict.csv. --mode=eval: the folder to"
     " write into. Default: <workdir>. Several runs have no default.",
+)
+_PREDICTIONS = flags.DEFINE_list(
+    "predictions", None, "--mode=compare: two or more predictions.csv of the same images."
 )
 _TRAINS = ("train", "crossval")
 
@@ -65,14 +69,23 @@ def split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
 
 def main(argv: list[str]) -> None:
     """Checks the whole input, then starts what is heavy and does what `--mode` says."""
-    faults = [f"{a!r}: every argument must be a --flag." for a in argv[1:]]
-    faults += _flag_faults()
+    words = argv[1:]
+    predictions = _PREDICTIONS.value or []
+    if _MODE.value == "compare":  # `--predictions A.csv B.csv`, as a person would write it
+        words, predictions = [], predictions + words
+    faults = [f"{word!r}: every argument must be a --flag." for word in words]
+    faults += _flag_faults(predictions)
     config = None
     if _CONFIG.value and _MODE.value in (*_TRAINS, "prepare"):
         config = configuration.load(_CONFIG.value)
         faults += _config_faults(config)
     if faults:
         raise InputError(faults)
+    if _MODE.value == "compare":
+        from ham_jax.evaluation import compare
+
+        compare.run(predictions)
+        return
     workdirs = [Path(folder) for folder in _WORKDIR.value or [_default_workdir()]]
     workdir = workdirs[0]
 
@@ -115,7 +128,7 @@ def main(argv: list[str]) -> None:
             raise InputError("No photograph could be read; the CSV says why of each.")
 
 
-def _flag_faults() -> list[str]:
+def _flag_faults(predictions: list[str]) -> list[str]:
     mode, workdirs = _MODE.value, _WORKDIR.value or []
     faults = []
     if mode in (*_TRAINS, "prepare") and not _CONFIG.value:
@@ -135,6 +148,8 @@ def _flag_faults() -> list[str]:
             faults.append(f"--mode={mode} of {len(workdirs)} runs needs --output, the {what}.")
     if mode == "eval" and _OUTPUT.value and Path(_OUTPUT.value).is_file():
         faults.append(f"--output={_OUTPUT.value} is a file; --mode=eval writes into a folder.")
+    if mode == "compare" and len(predictions) < 2:
+        faults.append("--mode=compare needs --predictions: two or more files, A.csv B.csv.")
     if mode == "predict" and not _IMAGES.value:
         faults.append("--mode=predict needs --images: a file, a folder, a glob or a CSV.")
     return faults

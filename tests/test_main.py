@@ -59,6 +59,8 @@ def test_overrides_are_taken_out_of_the_command_line():
         (["--config={root}/configs/demo.py", "--workdir=a,b"], ["one --workdir, not in 2"]),
         (["--mode=eval", "--workdir=a,b"], ["needs --output, the folder"]),
         (["--mode=predict", "--workdir=a,b", "--images=x"], ["needs --output, the CSV"]),
+        (["--mode=compare", "--predictions=a.csv"], ["two or more files"]),
+        (["--mode=compare", "--predictions", "a.csv", "b.csv"], ["a.csv cannot be read"]),
         (["--mode=eval", "--workdir=a,,b", "--output=c"], ["a folder without a name"]),
         (["--mode=eval", "--workdir=a", "--output={root}/README.md"], ["is a file"]),
         (

@@ -103,23 +103,52 @@ def interval(
     Raises:
       ValueError: as `compute`.
     """
+    correct = correct_answers(labels, probabilities)
+    draws = balanced_accuracy_draws(labels, correct[:, None], groups, num_draws, seed)
+    low, high = np.quantile(draws[:, 0], [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def correct_answers(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Returns whether the arg-max is right, bool [n]; where several classes share it, it is not.
+
+    Raises:
+      ValueError: as `compute`.
+    """
     probabilities = np.asarray(probabilities)
     labels, probabilities = _checked(labels, probabilities, probabilities.shape[-1])
-    correct = _predicted(probabilities) == labels
+    return _predicted(probabilities) == labels
+
+
+def balanced_accuracy_draws(
+    labels: np.ndarray, correct: np.ndarray, groups: np.ndarray, num_draws: int, seed: int
+) -> np.ndarray:
+    """Returns the balanced accuracy of several networks in the same resamples of the lesions.
+
+    Args:
+      labels: int [n].
+      correct: bool [n, num_networks].
+      groups: [n], the lesion of each image.
+      num_draws: resamples.
+      seed: of the draws.
+
+    Returns:
+      float64 [num_draws, num_networks].
+    """
     _, group = np.unique(np.asarray(groups), return_inverse=True)
     rng = np.random.default_rng(seed)
     recalls = []
     for k in np.unique(labels):
         _, lesion = np.unique(group[labels == k], return_inverse=True)
-        hits = np.bincount(lesion, weights=correct[labels == k])
         sizes = np.bincount(lesion)
+        hits = np.zeros((len(sizes), correct.shape[1]))
+        np.add.at(hits, lesion, correct[labels == k])
         # Lesions with the same hits and size are alike: how many of each kind a resample holds is
         # multinomial, which is the same bootstrap at a fraction of the numbers.
-        kinds, counts = np.unique(np.stack([hits, sizes], axis=1), axis=0, return_counts=True)
+        kinds, counts = np.unique(np.column_stack([hits, sizes]), axis=0, return_counts=True)
         sums = rng.multinomial(len(sizes), counts / len(sizes), size=num_draws) @ kinds
-        recalls.append(sums[:, 0] / sums[:, 1])
-    low, high = np.quantile(np.mean(recalls, axis=0), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+        recalls.append(sums[:, :-1] / sums[:, -1:])
+    return np.mean(recalls, axis=0)
 
 
 def write_predictions(
