@@ -116,12 +116,6 @@ def _print(files: Sequence[str], results, num_images: int, num_lesions: int) -> 
     console.print_table(
         f"{files[0]}: balanced accuracy {results[0]['balanced_accuracy'][0]:.3f},"
         f" {num_images} images, {num_lesions} lesions",
-        [
-            "against it",
-            "balanced accuracy",
-            "difference (95 %)",
-            "only it right : only the first",
-            "McNemar p",
-        ],
+        ["file", "balanced accuracy", "difference (95 %)", "right alone", "McNemar p"],
         rows,
     )
