@@ -34,8 +34,11 @@ def launch(tmp_path):
     python.write_text(PYTHON.format(folder=tmp_path, real=sys.executable))
     python.chmod(0o755)
     started = []
-    # A suite that was started in the background may ignore Ctrl-C, and so would its children.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A suite that was started in the background may ignore these, and so would its children.
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+        signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    }
 
     def start(program, *arguments, command=(ROOT / "launch.sh",), pass_fds=(), **environment):
         (tmp_path / "main.py").write_text(textwrap.dedent(program))
@@ -56,8 +59,11 @@ def launch(tmp_path):
     yield start
     for job in started:
         job.kill()
-        job.communicate()
-    signal.signal(signal.SIGINT, before)
+        job.wait()
+        job.stdout.close()  # not read to its end, which a child that outlives a failed test holds
+        job.stderr.close()
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def wait_until(condition, seconds=30):
