@@ -23,4 +23,5 @@ def get_config(scale: str = "0"):
     c.optim.ema_decay = 0.998
     c.train.duration = {"epochs": 11.0}
     c.eval.tta = 8
+    c.eval.every = {"epochs": 2.75}
     return c
