@@ -93,8 +93,8 @@ class ZipMember:
         """
         try:
             return _zip(self.zip_path).read(self.name)
-        # The last two are zipfile's for an encrypted member and for an unknown compression.
-        except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
+        # RuntimeError is zipfile's for an encrypted member and for an unknown compression.
+        except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:
             raise OSError(f"zip: {error}") from error
 
 
