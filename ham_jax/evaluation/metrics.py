@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from sklearn import metrics as sklearn_metrics
 
 from ham_jax import CLASSES, files
@@ -19,6 +20,10 @@ from ham_jax.config import InputError
 
 ISIC_CLASSES = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
 """The columns of the ISIC 2018 Task 3 truth and submission files, in their order."""
+
+KNOWN = ("age", "sex", "localization", "dx_type")
+"""What a predictions file tells of an image beside its truth. `dx_type`, how the truth was found,
+predicts it: it is there to look at results by it and never enters a network."""
 
 NUM_BINS = 15  # of the expected calibration error
 
@@ -120,6 +125,11 @@ def correct_answers(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray
     return _predicted(probabilities) == labels
 
 
+def confidence_bins(confidence: np.ndarray) -> np.ndarray:
+    """Returns which of the NUM_BINS bins (low, high] of equal width each confidence [n] is in."""
+    return np.digitize(confidence, np.linspace(0, 1, NUM_BINS + 1)[1:-1], right=True)
+
+
 def balanced_accuracy_draws(
     labels: np.ndarray, correct: np.ndarray, groups: np.ndarray, num_draws: int, seed: int
 ) -> np.ndarray:
@@ -157,32 +167,60 @@ def write_predictions(
     lesion_ids: Sequence[str],
     labels: np.ndarray,
     probabilities: np.ndarray,
+    known: pd.DataFrame | None = None,
 ) -> None:
-    """Writes image_id, lesion_id, truth and the seven probabilities, sorted by image_id.
+    """Writes image_id, lesion_id, truth, the seven probabilities and what else is known.
 
     Args:
-      path: CSV to make or replace, whole or not at all.
+      path: CSV to make or replace, whole or not at all; sorted by image_id.
       image_ids: [n].
       lesion_ids: [n].
       labels: int [n], indices in CLASSES.
       probabilities: float [n, 7]; `read_predictions` gives back exactly these values.
+      known: one row an image, for the columns after these, such as KNOWN; nan becomes an empty
+        field.
 
     Raises:
       ValueError: as `compute`.
     """
     labels, probabilities = _checked(labels, probabilities, len(CLASSES))
     truth = [CLASSES[label] for label in labels]
-    rows = zip(image_ids, lesion_ids, truth, *probabilities.T.tolist(), strict=True)
-    _write_csv(path, ("image_id", "lesion_id", "truth", *CLASSES), rows)
+    columns = {} if known is None else known.astype(object).where(known.notna(), "")
+    rows = zip(
+        *(image_ids, lesion_ids, truth, *probabilities.T.tolist()),
+        *(columns[name].tolist() for name in columns),
+        strict=True,
+    )
+    _write_csv(path, ("image_id", "lesion_id", "truth", *CLASSES, *columns), rows)
 
 
 def read_predictions(
     path: str | os.PathLike,
 ) -> tuple[list[str], list[str], np.ndarray, np.ndarray]:
-    """Reads what `write_predictions` wrote.
+    """Reads what `write_predictions` wrote, without what else is known.
 
     Returns:
       image_ids [n], lesion_ids [n], labels int [n], probabilities float64 [n, 7].
+
+    Raises:
+      InputError: as `read_table`.
+    """
+    table = read_table(path)
+    return (
+        table["image_id"].tolist(),
+        table["lesion_id"].tolist(),
+        np.array([CLASSES.index(dx) for dx in table["truth"]], int),
+        table[list(CLASSES)].to_numpy(),
+    )
+
+
+def read_table(path: str | os.PathLike) -> pd.DataFrame:
+    """Reads all that `write_predictions` wrote.
+
+    Returns:
+      One row an image with the file's columns and those of KNOWN: the seven probabilities and age
+      (years, nan where not known) are float64, all others texts ('' where not known). A file from
+      before there was a column counts as not knowing it.
 
     Raises:
       InputError: the file is missing or not such a file; all faults at once.
@@ -197,23 +235,29 @@ def read_predictions(
     absent = [name for name in ("image_id", "lesion_id", "truth", *CLASSES) if name not in header]
     if absent:
         raise InputError(f"{path} is no predictions file: it lacks {', '.join(absent)}.")
-    faults, labels, probabilities = [], [], []
+    faults = []
     for line, row in rows:
         try:
-            labels.append(CLASSES.index(row["truth"]))
-            probabilities.append([float(row[name]) for name in CLASSES])
+            CLASSES.index(row["truth"])
+            row |= {name: float(row[name]) for name in CLASSES}
+            row["age"] = float(row.get("age") or "nan")
         except (ValueError, TypeError):  # TypeError: a short row has None
             faults.append(
-                f"{path}, line {line}: truth must be one of {', '.join(CLASSES)} and each"
-                " probability a number."
+                f"{path}, line {line}: truth must be one of {', '.join(CLASSES)}, each"
+                " probability a number, and age a number or empty."
             )
     if faults:
         raise InputError(faults)
-    return (
-        [row["image_id"] for _, row in rows],
-        [row["lesion_id"] for _, row in rows],
-        np.array(labels, int),
-        np.array(probabilities, float).reshape(-1, len(CLASSES)),
+    numbers = dict.fromkeys((*CLASSES, "age"), np.float64)
+    columns = dict.fromkeys((*header, *KNOWN))
+    return pd.DataFrame(
+        {
+            name: pd.Series(
+                [row[name] if name in numbers else row.get(name) or "" for _, row in rows],
+                dtype=numbers.get(name, str),
+            )
+            for name in columns
+        }
     )
 
 
@@ -291,7 +335,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def _calibration_error(correct: np.ndarray, confidence: np.ndarray) -> float:
     """Returns the gap between confidence and accuracy, averaged over images by bin (low, high]."""
-    bins = np.digitize(confidence, np.linspace(0, 1, NUM_BINS + 1)[1:-1], right=True)
+    bins = confidence_bins(confidence)
     gaps = [
         abs(math.fsum(confidence[bins == b]) - int(correct[bins == b].sum()))
         for b in range(NUM_BINS)

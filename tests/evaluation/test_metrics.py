@@ -169,6 +169,42 @@ def test_predictions_come_back_exactly(tmp_path_factory, data):
     assert [entry.name for entry in path.parent.iterdir()] == ["predictions.csv"]
 
 
+def test_what_else_is_known_comes_back_and_older_files_know_nothing(tmp_path):
+    known = pd.DataFrame(
+        {
+            "age": [35.0, np.nan],
+            "sex": ["female", ""],
+            "localization": ["lower extremity", "face, left"],
+            "dx_type": ["histo", None],
+            "ood_score": [0.25, 1.5],
+        }
+    )
+    path = tmp_path / "predictions.csv"
+    given = (["b", "a"], ["L2", "L1"], np.array([4, 5]), np.eye(7)[:2])
+    metrics.write_predictions(path, *given, known)
+    lines = path.read_text().splitlines()
+    assert lines[0].endswith("nv,vasc,age,sex,localization,dx_type,ood_score")
+    assert lines[1].endswith(',,,"face, left",,1.5')
+    table = metrics.read_table(path)
+    assert table["image_id"].tolist() == ["a", "b"]
+    assert table["truth"].tolist() == ["nv", "mel"]
+    np.testing.assert_array_equal(table[list(CLASSES)], np.eye(7)[[1, 0]])
+    np.testing.assert_array_equal(table["age"], [np.nan, 35])
+    texts = table[["sex", "localization", "dx_type", "ood_score"]].to_numpy().tolist()
+    assert texts == [["", "face, left", "", "1.5"], ["female", "lower extremity", "histo", "0.25"]]
+    assert [list(part) for part in metrics.read_predictions(path)[:3]] == [
+        *(["a", "b"], ["L1", "L2"], [5, 4])
+    ]
+
+    path.write_text(path.read_text().replace("35.0", "young"))
+    with pytest.raises(InputError, match=r"line 3: .* age a number or empty"):
+        metrics.read_table(path)
+    metrics.write_predictions(path, *given)
+    table = metrics.read_table(path)
+    assert table["age"].isna().all()
+    assert (table[["sex", "localization", "dx_type"]] == "").all(axis=None)
+
+
 def test_a_damaged_predictions_file_is_refused_line_by_line(tmp_path):
     path = tmp_path / "predictions.csv"
     with pytest.raises(InputError, match="No such file"):
@@ -193,35 +229,3 @@ def test_json_is_strict_and_never_half_written(tmp_path):
     with pytest.raises(OSError, match="folder"):
         files.write_json(tmp_path / "folder", {})
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder", "metrics.json"]
-
-
-# The scorer 5.6.0 is older than pandas 3.1, which deprecates some of what it calls
-# (pandas issues 62919 and 63207; seen November 2026).
-@pytest.mark.filterwarnings("ignore:The .* in (DataFrame|Series).* is deprecated")
-def test_the_official_scorer_agrees_on_our_files(tmp_path, monkeypatch):
-    scorer = pytest.importorskip("isic_challenge_scoring")
-    # Its release for Python 3.11 calls a name that pandas 3 has dropped.
-    monkeypatch.setattr(pd.DataFrame, "applymap", pd.DataFrame.map, raising=False)
-    labels, p = draw(120)
-    p = p.astype(np.float32)
-    p[0] = np.eye(7)[labels[0]] * np.float32(1 + 1e-7)  # as a rounded softmax may give
-    p[1] = np.where(np.arange(7) == labels[1], 0.5, 0)
-    p[1, (labels[1] + 1) % 7] = 0.5  # a tie for the maximum
-    p[2] = 1 / 7
-    ids = [f"ISIC_{i:07d}" for i in range(120)]
-    metrics.write_isic_submission(tmp_path / "truth.csv", ids, np.eye(7)[labels])
-    metrics.write_isic_submission(tmp_path / "submission.csv", ids[::-1], p[::-1])
-    score = scorer.ClassificationScore.from_file(
-        tmp_path / "truth.csv",
-        tmp_path / "submission.csv",
-        scorer.ClassificationMetric.BALANCED_ACCURACY,
-    )
-    found = metrics.compute(labels, p)
-    assert found["balanced_accuracy"] == pytest.approx(score.overall, rel=1e-12)
-    tied = labels[1:3].tolist()
-    without_rule = oracle.recall_score(labels, p.argmax(1), average="macro")
-    assert found["balanced_accuracy"] < without_rule, f"the ties {tied} must matter here"
-    for dx, row in found["per_class"].items():
-        official = score.per_category.loc[dx.upper()]
-        assert row["auc"] == pytest.approx(official["auc"], rel=1e-12)
-        assert row["average_precision"] == pytest.approx(official["ap"], rel=1e-12)
