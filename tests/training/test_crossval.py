@@ -13,7 +13,7 @@ from ham_jax import CLASSES, checkpoints, config, models
 from ham_jax.config import InputError
 from ham_jax.data import prepare as preparation
 from ham_jax.data import synthetic
-from ham_jax.evaluation import evaluate, metrics
+from ham_jax.evaluation import bootstrap, evaluate, isic, metrics
 from ham_jax.inference import predict
 from ham_jax.training import crossval, loop
 
@@ -135,11 +135,20 @@ def test_each_image_is_judged_once_by_a_network_that_never_saw_its_lesion(folds,
         assert len(in_fold) + len(trained_on) == len(ids)
         assert not set(lesions) & set(trained_on["lesion_id"])
 
+    records = preparation.prepare(of_fold).records.table.set_index("image_id")
+    table = metrics.read_table(folds / "predictions.csv").set_index("image_id")
+    known = list(metrics.KNOWN)
+    assert (table["dx_type"] != "").all()
+    assert table[known].equals(records.loc[table.index, known])
+
     written = json.loads((folds / "metrics.json").read_text())
     recomputed = metrics.compute(labels, probabilities)
     assert {key: written[key] for key in recomputed} == recomputed
     low, high = written["balanced_accuracy_interval"]
     assert low < written["balanced_accuracy"] < high
+    again = bootstrap.intervals(labels, probabilities, table["lesion_id"])
+    assert written["intervals"] == again
+    assert written["balanced_accuracy_interval"] == again["balanced_accuracy"]
     assert written["num_folds"] == len(written["folds"]) == 2
     for fold, part in enumerate(written["folds"]):
         alone = json.loads((folds / f"fold{fold}" / "metrics.json").read_text())
@@ -241,3 +250,5 @@ def test_members_of_other_folds_are_averaged_on_the_test_only(
     numbers = evaluate.run([folds], "test", test, mesh, tmp_path / "both")
     assert numbers["num_images"] == len(list(tiny_test.rglob("*.jpg")))
     assert len(numbers["members"]) == 2
+    ids, _, labels, probabilities = metrics.read_predictions(tmp_path / "both/predictions.csv")
+    assert numbers["isic2018"] == isic.score(ids, labels, probabilities)
