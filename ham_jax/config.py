@@ -74,6 +74,7 @@ RANGES = {
     "train.steps_per_dispatch": (0, math.inf),
     "eval.batch_size": (1, math.inf),
     "eval.crop_scale": (0.1, 1),
+    "eval.robustness_images": (0, math.inf),
     "log.every_steps": (1, math.inf),
     "checkpoint.keep": (1, math.inf),
 }
@@ -188,6 +189,8 @@ def base() -> ml_collections.ConfigDict:
     evaluation.tta = 1  # views of the dihedral group averaged: 1 | 2 | 4 | 8
     evaluation.weights = "auto"  # raw | ema; auto: ema where there is one
     evaluation.crop_scale = 1.0  # side of the central square, share of the canvas's shorter side
+    # Of --mode=robustness: whole lesions, as even over the classes as they have; 0: all images.
+    evaluation.robustness_images = 500
 
     c.log = log = ml_collections.ConfigDict()
     log.every_steps = 20

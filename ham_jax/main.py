@@ -5,6 +5,7 @@ python -m ham_jax.main --config=configs/resnet.py:50 --config.train.batch_size=1
 python -m ham_jax.main --mode=crossval --config=configs/resnet.py --workdir=runs/folds
 python -m ham_jax.main --mode=eval --workdir=runs/resnet --split=val
 python -m ham_jax.main --mode=eval --workdir=runs/a,runs/b --split=test --output=runs/both
+python -m ham_jax.main --mode=robustness --workdir=runs/resnet
 python -m ham_jax.main --mode=predict --workdir=runs/resnet --images=photographs/
 python -m ham_jax.main --mode=compare --predictions runs/a/predictions.csv runs/b/predictions.csv
 """
@@ -22,28 +23,34 @@ _CONFIG = flags.DEFINE_string(
     "config", None, "A file of configs/, with :argument for a variant; --config.a.b=c sets one key."
 )
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "crossval", "prepare", "eval", "predict", "compare"], "What to do."
+    "mode",
+    "train",
+    ["train", "crossval", "prepare", "eval", "robustness", "predict", "compare"],
+    "What to do.",
 )
 _WORKDIR = flags.DEFINE_list(
     "workdir",
     None,
     "Where a run's files are. Default: runs/<name of the config file>. Several, with commas"
-    " between: --mode=eval and predict average their probabilities.",
+    " between: --mode=eval, robustness and predict average their probabilities.",
 )
-_SPLIT = flags.DEFINE_enum("split", "val", ["val", "test", "train"], "What --mode=eval looks at.")
+_SPLIT = flags.DEFINE_enum(
+    "split", "val", ["val", "test", "train"], "What --mode=eval and robustness look at."
+)
 _IMAGES = flags.DEFINE_string(
     "images", None, "--mode=predict: a file, a folder, a glob or a CSV with a column 'path'."
 )
 _OUTPUT = flags.DEFINE_string(
     "output",
     None,
-    "--mode=predict: the CSV to write. Default: <workdir>/predict.csv. --mode=eval: the folder to"
-    " write into. Default: <workdir>. Several runs have no default.",
+    "--mode=predict: the CSV to write. Default: <workdir>/predict.csv. --mode=eval and"
+    " robustness: the folder to write into. Default: <workdir>. Several runs have no default.",
 )
 _PREDICTIONS = flags.DEFINE_list(
     "predictions", None, "--mode=compare: two or more predictions.csv of the same images."
 )
 _TRAINS = ("train", "crossval")
+_EVALUATES = ("eval", "robustness")
 
 _BAD_INPUT = 2  # exit code
 _overrides: list[tuple[str, str]] = []  # (key, text) of each --config.key=text
@@ -115,11 +122,12 @@ def main(argv: list[str]) -> None:
             data.audit.write(workdir)
             print(data.audit.text())
             print(f"Written: {workdir}/audit.csv, {workdir}/audit.json")
-    elif _MODE.value == "eval":
-        from ham_jax.evaluation import evaluate
+    elif _MODE.value in _EVALUATES:
+        from ham_jax.evaluation import evaluate, robustness
 
         output = Path(_OUTPUT.value) if _OUTPUT.value else None
-        evaluate.run(workdirs, _SPLIT.value, _overrides, mesh, output)
+        look = evaluate.run if _MODE.value == "eval" else robustness.run
+        look(workdirs, _SPLIT.value, _overrides, mesh, output)
     else:
         from ham_jax.inference import predict
 
@@ -136,18 +144,18 @@ def _flag_faults(predictions: list[str]) -> list[str]:
             f"--mode={mode} needs --config: configs/resnet.py for HAM10000, configs/demo.py for"
             " synthetic lesions that need no data."
         )
-    if mode in ("eval", "predict") and not workdirs and not _CONFIG.value:
+    if mode in (*_EVALUATES, "predict") and not workdirs and not _CONFIG.value:
         faults.append(f"--mode={mode} needs --workdir, the folder of a training run.")
     if not all(workdirs):
         faults.append(f"--workdir={','.join(workdirs)} names a folder without a name.")
     if len(workdirs) > 1:
-        if mode not in ("eval", "predict"):
+        if mode not in (*_EVALUATES, "predict"):
             faults.append(f"--mode={mode} works in one --workdir, not in {len(workdirs)}.")
         elif not _OUTPUT.value:
-            what = "folder to write into" if mode == "eval" else "CSV to write"
+            what = "folder to write into" if mode in _EVALUATES else "CSV to write"
             faults.append(f"--mode={mode} of {len(workdirs)} runs needs --output, the {what}.")
-    if mode == "eval" and _OUTPUT.value and Path(_OUTPUT.value).is_file():
-        faults.append(f"--output={_OUTPUT.value} is a file; --mode=eval writes into a folder.")
+    if mode in _EVALUATES and _OUTPUT.value and Path(_OUTPUT.value).is_file():
+        faults.append(f"--output={_OUTPUT.value} is a file; --mode={mode} writes into a folder.")
     if mode == "compare" and len(predictions) < 2:
         faults.append("--mode=compare needs --predictions: two or more files, A.csv B.csv.")
     if mode == "predict" and not _IMAGES.value:

@@ -39,12 +39,13 @@ def test_overrides_are_taken_out_of_the_command_line():
     [
         ([], ["--mode=train needs --config"]),
         (["--cofig=x"], ["Did you mean: config"]),
-        (["--mode=evaluate"], ["train|crossval|prepare|eval|predict"]),
+        (["--mode=evaluate"], ["train|crossval|prepare|eval|robustness|predict"]),
         (["stray", "--config={root}/configs/demo.py"], ["'stray': every argument must be"]),
         (["--config=nowhere.py"], ["there is no file nowhere.py"]),
         (["--config={root}/configs/resnet.py:19"], ["18, 34, 50 or 101"]),
         (["--config={root}/configs/demo.py:x"], ["has no variants"]),
         (["--mode=eval"], ["needs --workdir"]),
+        (["--mode=robustness"], ["--mode=robustness needs --workdir"]),
         (["--mode=predict"], ["needs --workdir", "needs --images"]),
         (["--mode=crossval"], ["--mode=crossval needs --config"]),
         (
@@ -58,6 +59,7 @@ def test_overrides_are_taken_out_of_the_command_line():
         ),
         (["--config={root}/configs/demo.py", "--workdir=a,b"], ["one --workdir, not in 2"]),
         (["--mode=eval", "--workdir=a,b"], ["needs --output, the folder"]),
+        (["--mode=robustness", "--workdir=a,b"], ["needs --output, the folder"]),
         (["--mode=predict", "--workdir=a,b", "--images=x"], ["needs --output, the CSV"]),
         (["--mode=compare", "--predictions=a.csv"], ["two or more files"]),
         (["--mode=compare", "--predictions", "a.csv", "b.csv"], ["a.csv cannot be read"]),

@@ -13,7 +13,7 @@ number of devices and processes.
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -142,7 +142,7 @@ def sequential(
     rows: np.ndarray,
     batch_size: int,
     mesh: jax.sharding.Mesh,
-    metadata: np.ndarray | None = None,
+    beside: Mapping[str, np.ndarray] | None = None,
 ) -> Iterator[tuple[dict[str, jax.Array], int]]:
     """Yields (batch without label, number of true rows): each row once, in order.
 
@@ -154,14 +154,14 @@ def sequential(
       rows: record numbers.
       batch_size: B.
       mesh: the devices, axis `data`.
-      metadata: float32 [number of records, M], for a network that takes it.
+      beside: what else a batch holds, by name, such as `metadata`: a row a record.
     """
     local = parallel.local_rows(mesh, batch_size)
 
     def read(start: int) -> tuple[dict[str, np.ndarray], int]:
         chosen = rows[start : start + batch_size]
         mine = np.pad(chosen, (0, batch_size - len(chosen)), mode="edge")[local]
-        rest = {} if metadata is None else {"metadata": metadata[mine]}
+        rest = {name: values[mine] for name, values in (beside or {}).items()}
         return {"image": records.read(mine), **rest}, len(chosen)
 
     with ThreadPoolExecutor(1) as reader:

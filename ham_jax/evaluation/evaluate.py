@@ -80,16 +80,20 @@ def evaluate(
     batch_size: int,
     mesh: jax.sharding.Mesh,
     with_metadata: bool,
+    beside: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Returns (`metrics.compute`'s numbers, probabilities float64 [n, 7]) of the given rows.
 
-    Each row is computed exactly once. The records' metadata go in where `with_metadata` says so.
+    Each row is computed exactly once. The records' metadata go in where `with_metadata` says so,
+    and so does what `beside` holds for a predictor that takes more: by name, a row a record.
     """
     batches = []
-    codes = metadata.encode(records.table) if with_metadata else None
+    beside = dict(beside or {})
+    if with_metadata:
+        beside["metadata"] = metadata.encode(records.table)
     with console.progress("Evaluating") as progress:
         done = 0
-        for batch, count in feed.sequential(records, rows, batch_size, mesh, codes):
+        for batch, count in feed.sequential(records, rows, batch_size, mesh, beside):
             batches.append(np.asarray(predict(variables, **batch))[:count])
             done += count
             progress(done, len(rows))
@@ -194,7 +198,7 @@ def run(
             f"--mode=eval of {len(members)} runs needs --output, the folder to write into."
         )
     images = [preparation.prepare(member.config).select(split) for member in members]
-    images = _aligned(members, images, split)
+    images = aligned(members, images, split)
     output = output or workdirs[0]
     output.mkdir(parents=True, exist_ok=True)
     if any(member.config.model.metadata for member in members):
@@ -221,7 +225,7 @@ def run(
     return report(output, split, about, *images[0], np.mean(answers, axis=0))
 
 
-def _aligned(
+def aligned(
     members: Sequence[Trained], images: Sequence[tuple[Records, np.ndarray]], split: str
 ) -> list[tuple[Records, np.ndarray]]:
     """Returns each member's records and its rows in the first member's order of images.
