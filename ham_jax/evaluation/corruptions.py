@@ -1,8 +1,8 @@
 """What goes wrong with dermoscopy photographs, drawn on the device in five severities.
 
 The protocol is that of Hendrycks and Dietterich, Benchmarking Neural Network Robustness to Common
-Corruptions and Perturbations, ICLR 2019: each corruption in five severities, on test images only,
-never in training. The choice is for dermoscopy, as in Maron et al., A benchmark for neural network
+Corruptions and Perturbations, ICLR 2019: each corruption in five severities, for evaluation
+only, never in training. The choice is for dermoscopy, as in Maron et al., A benchmark for neural network
 robustness in skin cancer classification, Eur. J. Cancer 155 (2021), whose categories are noise,
 blur, digital and dermoscopy: no weather, but hair, ruler and the dark corners of the dermatoscope.
 Brightness is an error of exposure. The constants are ours, milder than those for ImageNet at the
@@ -29,13 +29,7 @@ from jax import lax
 SEVERITIES = {
     "defocus_blur": (0.008, 0.014, 0.022, 0.032, 0.045),  # radius of the disc that is a point
     "jpeg": (50, 30, 20, 12, 6),  # libjpeg's quality, 1 to 100
-    "brightness": (
-        0.25,
-        0.5,
-        0.75,
-        1.0,
-        1.5,
-    ),  # exposure in stops: half of the images up
+    "brightness": (0.25, 0.5, 0.75, 1.0, 1.5),  # stops of exposure too many or too few
     "dark_corner": (0.68, 0.61, 0.54, 0.48, 0.42),  # radius of the disc that is left
     "hair": (3, 7, 12, 20, 30),  # number of hairs
     "ruler": (0.03, 0.05, 0.08, 0.12, 0.17),  # length of a tick
@@ -173,7 +167,7 @@ def _doubled(channel: jax.Array, axis: int) -> jax.Array:
 
 
 def brightness(key: jax.Array, image: jax.Array, stops: jax.Array) -> jax.Array:
-    """Exposes too long or too short: the light is multiplied, and what is too bright is white."""
+    """Exposes each second image too long, the others too short; what is too bright is white."""
     up = jax.random.bernoulli(key)
     light = jnp.where(image <= 0.04045, image / 12.92, ((image + 0.055) / 1.055) ** 2.4)  # sRGB
     light = jnp.clip(light * 2 ** jnp.where(up, stops, -stops), 1e-9, 1.0)

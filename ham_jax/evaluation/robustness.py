@@ -14,12 +14,11 @@ from ham_jax import DISCLAIMER, console, files, parallel
 from ham_jax.config import InputError
 from ham_jax.data import metadata
 from ham_jax.data import prepare as preparation
-from ham_jax.evaluation import corruptions, evaluate, metrics
+from ham_jax.evaluation import bootstrap, corruptions, evaluate, metrics
 
 # Not the run's own: runs of other seeds meet the same corrupted photographs.
 _SEED = 0
 _NUM_DRAWS = 1000
-_LEVEL = 0.95
 _CLEAN = ("none", 0)  # corruption and severity of the photographs as they are
 
 Corruptor = Callable[..., jax.Array]
@@ -107,8 +106,7 @@ def run(
     Returns:
       What robustness.csv holds, a row an evaluation, the clean one first (corruption 'none',
       severity 0): corruption, severity, balanced_accuracy, low and high of its 95 % bootstrap
-      interval over lesions, accuracy, macro_auc (empty where no class has both kinds of image), n
-      images, split, tta.
+      interval over lesions, accuracy, macro_auc, n (images), split, tta.
 
     Raises:
       InputError: as `evaluate.run`.
@@ -162,7 +160,7 @@ def run(
         labels, np.stack(correct, axis=-1), lesion_ids, _NUM_DRAWS, seed=0
     )
     difference = draws[:, 1:].mean(axis=1) - draws[:, 0]
-    interval = np.quantile(difference, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    interval = bootstrap.interval(difference)
     if parallel.is_main():
         path = output / "robustness.csv"
         files.write_text(path, results.to_csv(index=False, lineterminator="\n"))
@@ -196,7 +194,7 @@ def _answers(members, images, mesh):
         yield (name, severity), np.mean(answers, axis=0)
 
 
-def _print(results: pd.DataFrame, interval: np.ndarray, num_images: int, path: Path) -> None:
+def _print(results: pd.DataFrame, interval: list[float], num_images: int, path: Path) -> None:
     clean, corrupted = results.iloc[0], results.iloc[1:]
     grid = corrupted.pivot_table("balanced_accuracy", "corruption", "severity", sort=False)
     grid.loc["all"] = grid.mean()
