@@ -1,12 +1,12 @@
 """What goes wrong with dermoscopy photographs, drawn on the device in five severities.
 
 The protocol is that of Hendrycks and Dietterich, Benchmarking Neural Network Robustness to Common
-Corruptions and Perturbations, ICLR 2019: each corruption in five severities, for evaluation
-only, never in training. The choice is for dermoscopy, as in Maron et al., A benchmark for neural network
+Corruptions and Perturbations, ICLR 2019: each corruption in five severities, for evaluation only,
+never in training. The choice is for dermoscopy, as in Maron et al., A benchmark for neural network
 robustness in skin cancer classification, Eur. J. Cancer 155 (2021), whose categories are noise,
 blur, digital and dermoscopy: no weather, but hair, ruler and the dark corners of the dermatoscope.
-Brightness is an error of exposure. The constants are ours, milder than those for ImageNet at the
-low end, because dermoscopy is taken in contact and under its own light.
+Brightness is an error of exposure. The constants are ours. They begin milder than those for
+ImageNet, because dermoscopy is taken in contact and under its own light.
 
 A corruption happens to the photograph, so it is applied to the canvas and not to the network's
 view: networks with different crops, views and colour constancy meet the same pictures. Lengths are
@@ -167,7 +167,7 @@ def _doubled(channel: jax.Array, axis: int) -> jax.Array:
 
 
 def brightness(key: jax.Array, image: jax.Array, stops: jax.Array) -> jax.Array:
-    """Exposes each second image too long, the others too short; what is too bright is white."""
+    """Exposes half of the images too long, the others too short; what is too bright is white."""
     up = jax.random.bernoulli(key)
     light = jnp.where(image <= 0.04045, image / 12.92, ((image + 0.055) / 1.055) ** 2.4)  # sRGB
     light = jnp.clip(light * 2 ** jnp.where(up, stops, -stops), 1e-9, 1.0)
