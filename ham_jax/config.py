@@ -41,6 +41,7 @@ CHOICES = {
     "optim.schedule": ("cosine", "constant"),
     "eval.tta": (1, 2, 4, 8),
     "eval.weights": ("auto", "raw", "ema"),
+    "eval.calibration": ("none", "temperature", "vector", "isotonic"),
 }
 
 # Bounds, both ends allowed.
@@ -191,6 +192,9 @@ def base() -> ml_collections.ConfigDict:
     evaluation.crop_scale = 1.0  # side of the central square, share of the canvas's shorter side
     # Of --mode=robustness: whole lesions, as even over the classes as they have; 0: all images.
     evaluation.robustness_images = 500
+    # What eval and predict make of the probabilities: none | temperature | vector | isotonic.
+    # The last two follow validation's class frequencies and change which class comes first.
+    evaluation.calibration = "temperature"
 
     c.log = log = ml_collections.ConfigDict()
     log.every_steps = 20

@@ -20,7 +20,7 @@ from ham_jax.config import InputError
 from ham_jax.data import feed, metadata, preprocess
 from ham_jax.data import prepare as preparation
 from ham_jax.data.ham10000 import Records
-from ham_jax.evaluation import bootstrap, isic, metrics
+from ham_jax.evaluation import bootstrap, isic, judgement, metrics
 
 Variables = Mapping[str, Any]
 """{'params', 'batch_stats'} as nested dicts"""
@@ -39,6 +39,9 @@ MOVABLE = (
     "data.num_workers",
     "eval",
 )
+
+FIXED = ("test", "train")
+"""Splits that a run's calibration is applied to as it is: it was fitted on validation."""
 
 
 def make_predictor(
@@ -116,6 +119,7 @@ class Trained:
       config: of the run, with the keys that were set anew.
       network: its pure functions.
       variables: the weights that `eval.weights` asks for, on the mesh.
+      weights: which these are, 'raw' or 'ema'.
       step: of the checkpoint.
     """
 
@@ -123,6 +127,7 @@ class Trained:
     config: ml_collections.ConfigDict
     network: models.Network
     variables: Variables
+    weights: str
     step: int
 
 
@@ -160,7 +165,8 @@ def load(workdir: Path, overrides: list[tuple[str, str]], mesh: jax.sharding.Mes
     variables = ema if use_ema else {"params": params, "batch_stats": batch_stats}
     num_metadata = metadata.NUM_METADATA if config.model.metadata else 0
     network = models.build(config.model, len(CLASSES), num_metadata)
-    return Trained(workdir, config, network, parallel.replicate(mesh, variables), step)
+    weights = "ema" if use_ema else "raw"
+    return Trained(workdir, config, network, parallel.replicate(mesh, variables), weights, step)
 
 
 def load_all(
@@ -179,7 +185,8 @@ def run(
 ) -> dict[str, Any]:
     """`--mode=eval`: evaluates the best checkpoint of a run on a split and writes the files.
 
-    Of several runs the mean of their probabilities is evaluated, each with its own preprocessing.
+    Of several runs the mean of their probabilities is evaluated, each with its own preprocessing
+    and calibration. A run's own folder also gets a new calibration.json from its validation.
 
     Args:
       workdirs: one training run, or the members of an ensemble.
@@ -199,12 +206,14 @@ def run(
         )
     images = [preparation.prepare(member.config).select(split) for member in members]
     images = aligned(members, images, split)
+    fitted = [None if split == "val" else judgement.read(member.workdir) for member in members]
+    own = output is None
     output = output or workdirs[0]
     output.mkdir(parents=True, exist_ok=True)
     if any(member.config.model.metadata for member in members):
         metadata.announce(images[0][0].table)
-    answers, parts = [], []
-    for member, (records, rows) in zip(members, images, strict=True):
+    answers, parts, judged = [], [], []
+    for member, (records, rows), calibrated in zip(members, images, fitted, strict=True):
         config = member.config
         predict = make_predictor(member.network, config, mesh)
         numbers, probabilities = evaluate(
@@ -217,12 +226,97 @@ def run(
             config.model.metadata,
         )
         answers.append(probabilities)
-        about = {"step": member.step, "tta": config.eval.tta, "records": records.fingerprint}
+        about = settings(config, member.step, member.weights) | {"records": records.fingerprint}
         alone = {"balanced_accuracy": numbers["balanced_accuracy"]}
+        if split == "val":
+            folder = member.workdir if own else None
+            judged.append(judge_validation(folder, config, about, records, rows, probabilities))
+        elif tell_calibration(member, calibrated, about):
+            judged.append(judgement.apply(calibrated[0], config.eval.calibration, probabilities))
+        else:
+            judged.append(None)
         parts.append({"workdir": str(member.workdir)} | alone | about)
     if len(members) > 1:
         about = {"members": parts}
-    return report(output, split, about, *images[0], np.mean(answers, axis=0))
+    together = None if None in judged else judgement.mean(judged)
+    return report(output, split, about, *images[0], np.mean(answers, axis=0), together)
+
+
+def settings(config: ml_collections.ConfigDict, step: int, weights: str) -> dict[str, Any]:
+    """Returns what probabilities come from, as metrics.json and calibration.json say it.
+
+    Args:
+      config: of the run.
+      step: of the checkpoint.
+      weights: 'raw' or 'ema'.
+    """
+    return {
+        "step": step,
+        "tta": config.eval.tta,
+        "crop_scale": config.eval.crop_scale,
+        "weights": weights,
+    }
+
+
+def judge_validation(
+    folder: Path | None,
+    config: ml_collections.ConfigDict,
+    about: Mapping[str, Any],
+    records: Records,
+    rows: np.ndarray,
+    probabilities: np.ndarray,
+) -> judgement.Judgement | None:
+    """Fits a run's calibration.json and judges the same images without their own lesions.
+
+    Args:
+      folder: of the run, to write into; None: nowhere.
+      config: of the run.
+      about: `settings`, and `records`: their fingerprint.
+      records: where the images' table is.
+      rows: validation.
+      probabilities: float64 [n, 7] of these rows.
+
+    Returns:
+      See `judgement.cross_fit`.
+    """
+    table = records.table.iloc[rows]
+    labels, lesion_ids = table["label"].to_numpy(), table["lesion_id"].to_numpy()
+    if folder is not None and parallel.is_main():
+        counts = {"num_images": len(table), "num_lesions": table["lesion_id"].nunique()}
+        fitted = judgement.fit(labels, probabilities, lesion_ids)
+        judgement.write(folder, fitted, {"split": "val", **about, **counts})
+    return judgement.cross_fit(labels, probabilities, lesion_ids, config.eval.calibration)
+
+
+def tell_calibration(
+    member: Trained,
+    fitted: tuple[judgement.Fitted, dict[str, Any]] | None,
+    about: Mapping[str, Any],
+) -> bool:
+    """Says where a run has no calibration, or one for other probabilities.
+
+    Args:
+      member: the run.
+      fitted: what `judgement.read` returned.
+      about: `settings` of what it is to be applied to.
+
+    Returns:
+      Whether there is one.
+    """
+    line = ""
+    if fitted is None:
+        line = (
+            f"{member.workdir} has no {judgement.FILE}: its probabilities stay as the network gives"
+            f" them, without flag and sets. {judgement.how_to_make(member.workdir)}"
+        )
+    elif differs := judgement.mismatch(fitted[1], about):
+        line = (
+            f"{member.workdir}/{judgement.FILE} does not fit: {differs}. Fit it anew with the same"
+            f" keys and --mode=eval --split=val --workdir={member.workdir}."
+        )
+    if line and parallel.is_main():
+        console.log_line(line)
+    return fitted is not None
 
 
 def aligned(
@@ -260,21 +354,24 @@ def report(
     records: Records,
     rows: np.ndarray,
     probabilities: np.ndarray,
+    judged: judgement.Judgement | None,
 ) -> dict[str, Any]:
     """Prints a table and writes metrics.json, predictions.csv and isic_submission.csv.
 
     Args:
       folder: where to write.
       split: its name.
-      about: what the probabilities come from: `step`, `tta` and `records` of a run, or such a
-        list, with each `balanced_accuracy`, as `members` of an ensemble or `folds`.
+      about: what the probabilities come from: `settings` and `records` of a run, or a list of such,
+        with each `balanced_accuracy`, as `members` of an ensemble or `folds`.
       records: where the images' table is.
       rows: the images.
-      probabilities: float64 [n, 7] of these rows.
+      probabilities: float64 [n, 7] of these rows, raw.
+      judged: calibrated probabilities and thresholds of the same rows, where there are any.
 
     Returns:
-      What metrics.json holds: the numbers, their 95 % intervals from a bootstrap over lesions,
-      what they were measured on, and of split test the challenge's own figures.
+      What metrics.json holds: the numbers of the raw probabilities, their 95 % intervals from a
+      bootstrap over lesions, what they were measured on, `judgement.measure`, and of split test the
+      challenge's own figures.
     """
     table = records.table.iloc[rows]
     image_ids, lesion_ids = table["image_id"].tolist(), table["lesion_id"].tolist()
@@ -291,6 +388,11 @@ def report(
         "split": split,
         **about,
         "num_lesions": len(set(lesion_ids)),
+        **(
+            judgement.measure(labels, table["lesion_id"].to_numpy(), judged, split not in FIXED)
+            if judged
+            else {}
+        ),
         "classes": list(CLASSES),
         "note": DISCLAIMER,
     }
@@ -336,6 +438,7 @@ def _print(numbers: dict[str, Any], folder: Path) -> None:
         ["macro average precision", with_interval("macro_average_precision")],
         ["log loss", with_interval("log_loss")],
         ["expected calibration error", with_interval("expected_calibration_error")],
+        *(_judgement_rows(numbers) if "calibration" in numbers else ()),
         *(
             [name, ", ".join(f"{p['balanced_accuracy']:.3f}" for p in numbers[name])]
             for name in ("members", "folds")
@@ -345,3 +448,34 @@ def _print(numbers: dict[str, Any], folder: Path) -> None:
         ["written", f"{folder}/metrics.json, predictions.csv, isic_submission.csv"],
     ]
     console.print_table(DISCLAIMER, ["", ""], summary)
+
+
+def _judgement_rows(numbers: dict[str, Any]) -> list[list[str]]:
+    """Returns the printed rows of calibration, flag and sets."""
+    calibrated, decided = numbers["calibration"], numbers["decision"]
+    after = calibrated[calibrated["method"]]
+    rows = [
+        [
+            f"after calibration ({calibrated['method']})",
+            f"{after['expected_calibration_error']:.3f}, log loss {after['log_loss']:.3f},"
+            f" balanced accuracy {after['balanced_accuracy']:.3f}",
+        ]
+    ]
+    flag = decided["malignant"]
+    if flag["auc"] is not None:
+        low, high = flag["auc_interval"]
+        rows.append(
+            [
+                "malignant or not",
+                f"sensitivity {flag['sensitivity']:.3f}, specificity {flag['specificity']:.3f},"
+                f" AUC {flag['auc']:.3f} ({low:.3f} to {high:.3f})",
+            ]
+        )
+    sets = decided["sets"]["0.90"]["class_conditional"]
+    rows.append(
+        [
+            "prediction sets for 90 %",
+            f"cover {sets['coverage']:.3f}, {sets['mean_size']:.2f} diagnoses on average",
+        ]
+    )
+    return rows

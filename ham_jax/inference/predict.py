@@ -1,11 +1,16 @@
-"""`--mode=predict`: seven probabilities for each photograph of a file, folder, glob or CSV."""
+"""`--mode=predict`: seven probabilities for each photograph of a file, folder, glob or CSV.
+
+With the run's calibration also a malignancy flag and a set of diagnoses, by thresholds that were
+fixed on validation.
+"""
 
 import csv
+import dataclasses
 import glob
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -16,7 +21,7 @@ from ham_jax import CLASSES, DISCLAIMER, console, files, parallel
 from ham_jax.config import InputError
 from ham_jax.data import image as image_files
 from ham_jax.data import metadata
-from ham_jax.evaluation import evaluate
+from ham_jax.evaluation import decision, evaluate, judgement
 
 _PATH_COLUMNS = ("path", "image", "file", "filename", "image_path")
 _METADATA_COLUMNS = {  # what a list may call them
@@ -24,6 +29,7 @@ _METADATA_COLUMNS = {  # what a list may call them
     "sex": ("sex",),
     "localization": ("localization", "site", "anatom_site_general"),
 }
+_DECISIONS = ("malignant", "malignant_flag", "prediction_set")
 _SHOWN_ROWS = 10
 
 
@@ -106,12 +112,14 @@ def run(
     """Classifies the photographs, writes a CSV and prints a short table.
 
     An unreadable photograph gets a row with its error, and the rest go on. Of several runs the
-    answer is the mean of their probabilities, each with its own preprocessing.
+    answer is the mean of their probabilities, each with its own preprocessing and calibration.
 
     Args:
       workdirs: one training run, or the members of an ensemble.
       images: see `find_images`.
-      output: the CSV: path, prediction, the seven probabilities, error.
+      output: the CSV: path, prediction, the seven probabilities, malignant (the sum of the three
+        malignant ones), malignant_flag, prediction_set, error, note. Flag and set are empty, as
+        malignant is, where a run has no calibration.
       overrides: (key, text) pairs of the command line.
       mesh: the devices.
 
@@ -119,12 +127,14 @@ def run(
       The number of photographs that could be read.
 
     Raises:
-      InputError: no checkpoint, no photograph, nowhere to write, or metadata that are none.
+      InputError: no checkpoint, no photograph, nowhere to write, metadata that are none, or a
+        damaged calibration.
     """
     paths = find_images(images)
     if not output.parent.is_dir():
         raise InputError(f"--output={output}: there is no folder {output.parent}.")
     members = evaluate.load_all(workdirs, overrides, mesh)
+    fitted = _calibrations(members)
     codes = None
     if any(member.config.model.metadata for member in members):
         table = find_metadata(images, len(paths))
@@ -136,11 +146,78 @@ def run(
     for canvas in dict.fromkeys(canvases):  # each photograph is decoded once a canvas
         chosen = [n for n, other in enumerate(canvases) if other == canvas]
         answers[chosen], errors = _classify([members[n] for n in chosen], paths, codes, mesh)
-    probabilities = answers.mean(axis=0)
+    read = [number for number in range(len(paths)) if number not in errors]
+    rows = dict(zip(read, _judged(members, fitted, answers[:, read]), strict=True))
     if parallel.is_main():
-        _write(output, paths, probabilities, errors)
-        _print(paths, probabilities, errors, output)
+        _write(output, paths, rows, errors)
+        _print(paths, rows, errors, output)
     return len(paths) - len(errors)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Answer:
+    """What is said of a photograph.
+
+    Attributes:
+      probabilities: float64 [7].
+      decisions: texts of the columns `_DECISIONS`.
+    """
+
+    probabilities: np.ndarray
+    decisions: tuple[str, ...]
+
+
+def _calibrations(members: Sequence[evaluate.Trained]) -> list[judgement.Fitted | None]:
+    """Returns the calibration of each run that has one, and says what a person must know of it."""
+    read = [judgement.read(member.workdir) for member in members]
+    fitted = []
+    for member, found in zip(members, read, strict=True):
+        about = evaluate.settings(member.config, member.step, member.weights)
+        fitted.append(found[0] if evaluate.tell_calibration(member, found, about) else None)
+    if len(members) > 1 and None not in fitted and parallel.is_main():
+        console.log_line(
+            f"Flag and sets go by the mean of {len(members)} runs' thresholds. Each run's were"
+            " fixed for its own probabilities; for their mean nothing was measured."
+        )
+    return fitted
+
+
+def _judged(
+    members: Sequence[evaluate.Trained],
+    fitted: Sequence[judgement.Fitted | None],
+    answers: np.ndarray,
+) -> list[_Answer]:
+    """Returns what is said of each photograph, from raw probabilities [members, n, 7]."""
+    if None in fitted:
+        calibrated = [
+            judgement.apply(own, member.config.eval.calibration, rows).probabilities
+            if own
+            else rows
+            for member, own, rows in zip(members, fitted, answers, strict=True)
+        ]
+        return [_Answer(row, ("",) * len(_DECISIONS)) for row in np.mean(calibrated, axis=0)]
+    judged = judgement.mean(
+        [
+            judgement.apply(own, member.config.eval.calibration, rows)
+            for member, own, rows in zip(members, fitted, answers, strict=True)
+        ]
+    )
+    score = decision.malignancy(judged.probabilities)
+    flagged = score >= judged.thresholds["malignant"]
+    # Those that cover 90 % of each diagnosis: sets that cover 90 % of all are shorter, but buy it
+    # with the rare ones, melanoma among them.
+    inside = decision.sets(judged.probabilities, judged.thresholds, "class_conditional")[:, 0]
+    return [
+        _Answer(
+            judged.probabilities[n],
+            (
+                repr(float(score[n])),
+                "yes" if flagged[n] else "no",
+                " ".join(np.array(CLASSES)[inside[n]]) or "empty",
+            ),
+        )
+        for n in range(len(score))
+    ]
 
 
 def _classify(
@@ -244,35 +321,41 @@ def _tell_missing(codes: np.ndarray) -> None:
         )
 
 
-def _write(output: Path, paths, probabilities, errors) -> None:
+def _write(output: Path, paths, rows: Mapping[int, _Answer], errors) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "prediction", *CLASSES, "error", "note"])
+    writer.writerow(["path", "prediction", *CLASSES, *_DECISIONS, "error", "note"])
     for number, path in enumerate(paths):
         if number in errors:
-            answer = ["", *[""] * len(CLASSES), errors[number]]
+            answer = ["", *[""] * (len(CLASSES) + len(_DECISIONS)), errors[number]]
         else:
-            row = probabilities[number]
-            answer = [CLASSES[row.argmax()], *map(repr, row.tolist()), ""]
+            row = rows[number].probabilities
+            first = CLASSES[row.argmax()]
+            answer = [first, *map(repr, row.tolist()), *rows[number].decisions, ""]
         writer.writerow([path, *answer, DISCLAIMER])
     files.write_text(output, text.getvalue())
 
 
-def _print(paths, probabilities, errors, output: Path) -> None:
-    rows = []
+def _print(paths, rows: Mapping[int, _Answer], errors, output: Path) -> None:
+    shown = []
     for number, path in enumerate(paths[:_SHOWN_ROWS]):
         if number in errors:
-            rows.append([str(path), "unreadable", errors[number]])
+            shown.append([str(path), "unreadable", errors[number], "", ""])
             continue
-        first, second = np.argsort(-probabilities[number], kind="stable")[:2]
-        rows.append(
+        probabilities = rows[number].probabilities
+        _, flag, inside = rows[number].decisions
+        first, second = np.argsort(-probabilities, kind="stable")[:2]
+        shown.append(
             [
                 str(path),
-                f"{CLASSES[first]} {probabilities[number, first]:.2f}",
-                f"{CLASSES[second]} {probabilities[number, second]:.2f}",
+                f"{CLASSES[first]} {probabilities[first]:.2f}",
+                f"{CLASSES[second]} {probabilities[second]:.2f}",
+                flag,
+                inside,
             ]
         )
     more = f", the first {_SHOWN_ROWS} shown" if len(paths) > _SHOWN_ROWS else ""
     title = f"{len(paths) - len(errors)} of {len(paths)} photographs read{more}. {DISCLAIMER}"
-    console.print_table(title, ["photograph", "answer", "next"], rows)
+    columns = ["photograph", "answer", "next", "malignant?", "set for 90 %"]
+    console.print_table(title, columns, shown)
     console.print_table("Written", ["", ""], [["probabilities", str(output)]])

@@ -11,7 +11,7 @@ import numpy as np
 from ham_jax import checkpoints, console, parallel
 from ham_jax.config import InputError
 from ham_jax.data import prepare as preparation
-from ham_jax.evaluation import evaluate, metrics
+from ham_jax.evaluation import evaluate, judgement, metrics
 from ham_jax.training import loop
 
 
@@ -55,8 +55,10 @@ def train(
         folds.append({key: numbers[key] for key in ("balanced_accuracy", "num_images", "step")})
     parallel.barrier("folds")  # the main process has written the last predictions
     records = preparation.prepare(config).records
-    probabilities = _joined(
-        [folder / "predictions.csv" for folder in folders], records.table["image_id"].tolist()
+    probabilities, judged = _joined(
+        [folder / "predictions.csv" for folder in folders],
+        records.table["image_id"].tolist(),
+        config.eval.calibration,
     )
     about = {
         "num_folds": num_folds,
@@ -65,11 +67,22 @@ def train(
         "records": records.fingerprint,
     }
     rows = np.arange(len(records.table))
-    return evaluate.report(workdir, "crossval", about, records, rows, probabilities)
+    return evaluate.report(workdir, "crossval", about, records, rows, probabilities, judged)
 
 
-def _joined(files: Sequence[Path], image_ids: Sequence[str]) -> np.ndarray:
-    """Returns float64 [n, 7], for each image the probabilities of the one file that has it.
+def _joined(
+    files: Sequence[Path], image_ids: Sequence[str], method: str
+) -> tuple[np.ndarray, judgement.Judgement | None]:
+    """Returns the probabilities and the judgement of each image by the one file that has it.
+
+    Args:
+      files: predictions, one a fold.
+      image_ids: [n], in the order of what is returned.
+      method: of calibration.
+
+    Returns:
+      (probabilities float64 [n, 7], raw; the folds' `judgement.cross_fit`, or None where a fold
+      has too few lesions for one).
 
     Raises:
       InputError: an image is in no file or in several.
@@ -81,5 +94,11 @@ def _joined(files: Sequence[Path], image_ids: Sequence[str]) -> np.ndarray:
             f"{', '.join(map(str, files))} do not hold each of {len(image_ids)} images once: did"
             " another job write there? Start the command again."
         )
-    by_id = {i: row for of_fold, _, _, rows in read for i, row in zip(of_fold, rows, strict=True)}
-    return np.stack([by_id[image_id] for image_id in image_ids])
+    place = {image_id: n for n, image_id in enumerate(image_ids)}
+    places = np.array([place[image_id] for image_id in ids])
+    probabilities = np.concatenate([rows for *_, rows in read])[np.argsort(places)]
+    judged = [
+        judgement.cross_fit(labels, rows, np.array(lesions), method)
+        for _, lesions, labels, rows in read
+    ]
+    return probabilities, None if None in judged else judgement.join(judged, places)

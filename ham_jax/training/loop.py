@@ -192,8 +192,10 @@ def train(
         if best != int(state["step"]):
             state, _ = saved.restore(best, state, mesh)
     _, probabilities = validate(state)
-    about = {"step": best, "tta": config.eval.tta, "records": records.fingerprint}
-    return evaluate.report(workdir, "val", about, val_records, val_rows, probabilities)
+    about = evaluate.settings(config, best, "ema" if use_ema else "raw")
+    about |= {"records": records.fingerprint}
+    judged = evaluate.judge_validation(workdir, config, about, val_records, val_rows, probabilities)
+    return evaluate.report(workdir, "val", about, val_records, val_rows, probabilities, judged)
 
 
 def _pretrained(

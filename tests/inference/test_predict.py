@@ -1,6 +1,7 @@
 """Photographs in, answers out: the same pixels as in training, and no bad file ends it."""
 
 import csv
+import json
 import shutil
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from ham_jax import CLASSES, DISCLAIMER, config, parallel
 from ham_jax.config import InputError
 from ham_jax.data import ham10000
-from ham_jax.evaluation import evaluate, metrics
+from ham_jax.evaluation import calibration, decision, evaluate, judgement, metrics
 from ham_jax.inference import predict
 from ham_jax.training import loop
 
@@ -53,20 +54,97 @@ def answers(path):
         return list(csv.DictReader(file))
 
 
-def test_a_file_gets_the_probabilities_of_its_record(trained, tiny_raw, tmp_path):
-    """Decoded from the file, or read from the record: the same bits."""
-    ids, _, _, probabilities = metrics.read_predictions(trained / "predictions.csv")
+@pytest.mark.parametrize("method", calibration.METHODS)
+def test_a_file_gets_the_judgement_of_its_record(trained, tiny_raw, tmp_path, method):
+    """Decoded from the file, or read from the record: the same bits, whatever the method."""
+    ids, _, _, raw = metrics.read_predictions(trained / "predictions.csv")
+    judged = judgement.apply(judgement.read(trained)[0], method, raw)
     listed = tmp_path / "list.csv"
     files = {p.stem: p for p in tiny_raw.rglob("*.jpg")}
     listed.write_text("path\n" + "\n".join(str(files[i]) for i in ids))
     output = tmp_path / "answers.csv"
-    assert predict.run([trained], str(listed), output, [], parallel.mesh()) == len(ids)
+    choice = [("eval.calibration", method)]
+    assert predict.run([trained], str(listed), output, choice, parallel.mesh()) == len(ids)
     rows = answers(output)
-    np.testing.assert_array_equal(
-        [[float(row[dx]) for dx in CLASSES] for row in rows], probabilities
-    )
+    probabilities = np.array([[float(row[dx]) for dx in CLASSES] for row in rows])
+    np.testing.assert_array_equal(probabilities, judged.probabilities)
+    assert (probabilities == raw).all() == (method == "none")
     assert [row["prediction"] for row in rows] == [CLASSES[k] for k in probabilities.argmax(1)]
+
+    score = decision.malignancy(probabilities)
+    assert [float(row["malignant"]) for row in rows] == score.tolist()
+    flags = np.where(score >= judged.thresholds["malignant"], "yes", "no").tolist()
+    assert [row["malignant_flag"] for row in rows] == flags
+    inside = decision.sets(probabilities, judged.thresholds, "class_conditional")[:, 0]
+    for row, members in zip(rows, inside, strict=True):
+        named = [] if row["prediction_set"] == "empty" else row["prediction_set"].split(" ")
+        assert named == [dx for dx, member in zip(CLASSES, members, strict=True) if member]
+    assert list(rows[0])[-2:] == ["error", "note"]
     assert {row["note"] for row in rows} == {DISCLAIMER}
+
+
+def test_a_run_without_calibration_answers_and_eval_makes_one(trained, tiny_raw, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    written = (run / judgement.FILE).read_text()
+    (run / judgement.FILE).unlink()
+    images = str(next(tiny_raw.rglob("*.jpg")))
+    output = tmp_path / "answers.csv"
+
+    def ask(workdirs, *overrides):
+        predict.run(workdirs, images, output, list(overrides), parallel.mesh())
+        return answers(output)[0], " ".join(capsys.readouterr().err.split())
+
+    raw, _ = ask([trained], ("eval.calibration", "none"))
+    calibrated, lines = ask([trained])
+    assert "calibration.json" not in lines
+    without, lines = ask([run])
+    assert f"Make it with --mode=eval --split=val --workdir={run}" in lines
+    columns = ("malignant", "malignant_flag", "prediction_set")
+    assert without == raw | dict.fromkeys(columns, "")
+    both, lines = ask([run, trained])
+    assert f"{run} has no calibration.json" in lines
+    assert "mean of 2 runs' thresholds" not in lines
+    assert both["malignant_flag"] == ""
+    assert float(both["nv"]) == (float(raw["nv"]) + float(calibrated["nv"])) / 2
+
+    numbers = evaluate.run([run], "train", [], parallel.mesh())
+    assert "calibration" not in numbers
+    assert "has no calibration.json" in capsys.readouterr().err
+    evaluate.run([run], "val", [], parallel.mesh(), tmp_path / "elsewhere")
+    assert not (run / judgement.FILE).exists()
+    numbers = evaluate.run([run], "val", [], parallel.mesh())
+    assert (run / judgement.FILE).read_text() == written
+    assert ask([run]) == (calibrated, "")
+    assert numbers["calibration"]["cross_fitted"]
+    assert json.loads((run / "metrics.json").read_text()) == numbers
+    assert json.loads((trained / "metrics.json").read_text()) == numbers
+    fixed = evaluate.run([run], "train", [], parallel.mesh())["calibration"]
+    assert not fixed["cross_fitted"]
+    assert (run / judgement.FILE).read_text() == written, "fitted on validation only"
+
+    capsys.readouterr()
+    _, lines = ask([run], ("eval.tta", "2"))
+    assert "eval.tta = 2 (calibrated with 1)" in lines
+    _, lines = ask([run, trained])
+    assert "mean of 2 runs' thresholds" in lines
+    (run / judgement.FILE).write_text(written[:100])
+    with pytest.raises(InputError, match="cannot be read"):
+        ask([run])
+
+
+def test_what_eval_says_of_validation_follows_from_its_predictions(trained):
+    ids, lesions, labels, raw = metrics.read_predictions(trained / "predictions.csv")
+    judged = judgement.cross_fit(labels, raw, np.array(lesions), "temperature")
+    found = judgement.measure(labels, np.array(lesions), judged, True)
+    written = json.loads((trained / "metrics.json").read_text())
+    assert {key: written[key] for key in found} == found
+    raw_error = written["calibration"]["none"]["expected_calibration_error"]
+    assert raw_error == written["expected_calibration_error"]
+    _, fitted_on = judgement.read(trained)
+    about = {key: written[key] for key in ("step", "tta", "crop_scale", "weights", "records")}
+    counts = {"num_images": len(ids), "num_lesions": len(set(lesions))}
+    assert fitted_on == {"split": "val", **about, **counts}
 
 
 def test_broken_files_get_a_row_and_the_rest_go_on(trained, tiny_raw, tmp_path, capsys):
@@ -113,7 +191,8 @@ def test_metadata_count_where_the_network_takes_them_and_only_there(
     def probabilities(workdir, table):
         table.to_csv(tmp_path / "list.csv", index=False)
         output = tmp_path / "answers.csv"
-        predict.run([workdir], str(tmp_path / "list.csv"), output, [], parallel.mesh())
+        raw = [("eval.calibration", "none")]
+        predict.run([workdir], str(tmp_path / "list.csv"), output, raw, parallel.mesh())
         return np.array([[float(row[dx]) for dx in CLASSES] for row in answers(output)])
 
     np.testing.assert_array_equal(probabilities(trained_with_metadata, about), evaluated)

@@ -13,7 +13,7 @@ from ham_jax import CLASSES, checkpoints, config, models
 from ham_jax.config import InputError
 from ham_jax.data import prepare as preparation
 from ham_jax.data import synthetic
-from ham_jax.evaluation import bootstrap, evaluate, isic, metrics
+from ham_jax.evaluation import bootstrap, calibration, evaluate, isic, judgement, metrics
 from ham_jax.inference import predict
 from ham_jax.training import crossval, loop
 
@@ -135,6 +135,8 @@ def test_each_image_is_judged_once_by_a_network_that_never_saw_its_lesion(folds,
         assert len(in_fold) + len(trained_on) == len(ids)
         assert not set(lesions) & set(trained_on["lesion_id"])
 
+        assert (fold / judgement.FILE).exists()
+
     records = preparation.prepare(of_fold).records.table.set_index("image_id")
     table = metrics.read_table(folds / "predictions.csv").set_index("image_id")
     known = list(metrics.KNOWN)
@@ -142,6 +144,13 @@ def test_each_image_is_judged_once_by_a_network_that_never_saw_its_lesion(folds,
     assert table[known].equals(records.loc[table.index, known])
 
     written = json.loads((folds / "metrics.json").read_text())
+    after = np.empty((len(ids), 7))  # each fold by itself, without the lesion at hand
+    for fold in (folds / "fold0", folds / "fold1"):
+        in_fold, lesions, truth, answers = metrics.read_predictions(fold / "predictions.csv")
+        judged = judgement.cross_fit(truth, answers, np.array(lesions), "temperature")
+        after[[ids.index(image_id) for image_id in in_fold]] = judged.probabilities
+    assert written["calibration"]["temperature"] == calibration.measure(labels, after)
+    assert written["calibration"]["cross_fitted"]
     recomputed = metrics.compute(labels, probabilities)
     assert {key: written[key] for key in recomputed} == recomputed
     low, high = written["balanced_accuracy_interval"]
@@ -185,7 +194,7 @@ def test_predictions_that_lack_an_image_or_have_one_twice_are_not_joined(folds):
     ids, *_ = metrics.read_predictions(folds / "predictions.csv")
     for wrong in (files[:1], [*files, files[0]], [files[0], files[0]]):
         with pytest.raises(InputError, match="images once"):
-            crossval._joined(wrong, ids)
+            crossval._joined(wrong, ids, "none")
 
 
 def test_an_ensemble_is_the_mean_of_its_members(folds, other, tiny_raw, mesh, tmp_path):
@@ -208,13 +217,19 @@ def test_an_ensemble_is_the_mean_of_its_members(folds, other, tiny_raw, mesh, tm
     listed = tmp_path / "list.csv"
     listed.write_text("path\n" + "\n".join(str(p) for p in [broken, *(paths[i] for i in ids)]))
     output = tmp_path / "answers.csv"
-    assert predict.run(members, str(listed), output, [], mesh) == len(ids)
-    with output.open(newline="") as file:
-        first, *rows = csv.DictReader(file)
-    assert first["error"]
-    np.testing.assert_array_equal(
-        [[float(row[dx]) for dx in CLASSES] for row in rows], probabilities
-    )
+    calibrated = [
+        judgement.apply(judgement.read(m)[0], "temperature", raw).probabilities
+        for m, (_, _, _, raw) in zip(members, read, strict=True)
+    ]
+    for method, expected in (("none", probabilities), ("temperature", np.mean(calibrated, axis=0))):
+        choice = [("eval.calibration", method)]
+        assert predict.run(members, str(listed), output, choice, mesh) == len(ids)
+        with output.open(newline="") as file:
+            first, *rows = csv.DictReader(file)
+        assert first["error"]
+        np.testing.assert_array_equal(
+            [[float(row[dx]) for dx in CLASSES] for row in rows], expected
+        )
 
 
 def test_each_photograph_is_decoded_once_a_canvas(
