@@ -113,6 +113,7 @@ def test_images_and_shapes_are_asked_for():
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 4)), min_size=1, max_size=40))
+@settings(max_examples=50, deadline=None)
 def test_folds_hold_each_image_out_once_with_its_lesion(lesions):
     labels = np.repeat([k for k, _ in lesions], [size for _, size in lesions])
     groups = np.repeat(np.arange(len(lesions)), [size for _, size in lesions]).astype(str)

@@ -83,56 +83,6 @@ def test_a_file_gets_the_judgement_of_its_record(trained, tiny_raw, tmp_path, me
     assert {row["note"] for row in rows} == {DISCLAIMER}
 
 
-def test_a_run_without_calibration_answers_and_eval_makes_one(trained, tiny_raw, tmp_path, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(trained, run)
-    written = (run / judgement.FILE).read_text()
-    (run / judgement.FILE).unlink()
-    images = str(next(tiny_raw.rglob("*.jpg")))
-    output = tmp_path / "answers.csv"
-
-    def ask(workdirs, *overrides):
-        predict.run(workdirs, images, output, list(overrides), parallel.mesh())
-        return answers(output)[0], " ".join(capsys.readouterr().err.split())
-
-    raw, _ = ask([trained], ("eval.calibration", "none"))
-    calibrated, lines = ask([trained])
-    assert "calibration.json" not in lines
-    without, lines = ask([run])
-    assert f"Make it with --mode=eval --split=val --workdir={run}" in lines
-    columns = ("malignant", "malignant_flag", "prediction_set")
-    assert without == raw | dict.fromkeys(columns, "")
-    both, lines = ask([run, trained])
-    assert f"{run} has no calibration.json" in lines
-    assert "mean of 2 runs' thresholds" not in lines
-    assert both["malignant_flag"] == ""
-    assert float(both["nv"]) == (float(raw["nv"]) + float(calibrated["nv"])) / 2
-
-    numbers = evaluate.run([run], "train", [], parallel.mesh())
-    assert "calibration" not in numbers
-    assert "has no calibration.json" in capsys.readouterr().err
-    evaluate.run([run], "val", [], parallel.mesh(), tmp_path / "elsewhere")
-    assert not (run / judgement.FILE).exists()
-    numbers = evaluate.run([run], "val", [], parallel.mesh())
-    assert (run / judgement.FILE).read_text() == written
-    assert ask([run]) == (calibrated, "")
-    assert numbers["calibration"]["cross_fitted"]
-    assert json.loads((run / "metrics.json").read_text()) == numbers
-    assert json.loads((trained / "metrics.json").read_text()) == numbers
-    fixed = evaluate.run([run], "train", [], parallel.mesh())["calibration"]
-    assert not fixed["cross_fitted"]
-    assert (run / judgement.FILE).read_text() == written, "fitted on validation only"
-
-    capsys.readouterr()
-    _, lines = ask([run], ("eval.tta", "2"))
-    assert "eval.tta = 2 (calibrated with 1)" in lines
-    _, lines = ask([run, trained])
-    assert "mean of 2 runs' thresholds" in lines
-    (run / judgement.FILE).write_text(written[:100])
-    with pytest.raises(InputError, match="cannot be read"):
-        ask([run])
-
-
 def test_what_eval_says_of_validation_follows_from_its_predictions(trained):
     ids, lesions, labels, raw = metrics.read_predictions(trained / "predictions.csv")
     judged = judgement.cross_fit(labels, raw, np.array(lesions), "temperature")

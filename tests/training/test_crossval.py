@@ -232,6 +232,61 @@ def test_an_ensemble_is_the_mean_of_its_members(folds, other, tiny_raw, mesh, tm
         )
 
 
+def test_a_run_without_calibration_answers_and_eval_makes_one(
+    folds, tiny_raw, mesh, tmp_path, capsys
+):
+    trained = folds / "fold0"
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    written = (run / judgement.FILE).read_text()
+    (run / judgement.FILE).unlink()
+    images = str(next(tiny_raw.rglob("*.jpg")))
+    output = tmp_path / "answers.csv"
+
+    def ask(workdirs, *overrides):
+        predict.run(workdirs, images, output, list(overrides), mesh)
+        with output.open(newline="") as file:
+            answer = next(csv.DictReader(file))
+        return answer, " ".join(capsys.readouterr().err.split())
+
+    raw, _ = ask([trained], ("eval.calibration", "none"))
+    calibrated, lines = ask([trained])
+    assert "calibration.json" not in lines
+    without, lines = ask([run])
+    assert f"Make it with --mode=eval --split=val --workdir={run}" in lines
+    columns = ("malignant", "malignant_flag", "prediction_set")
+    assert without == raw | dict.fromkeys(columns, "")
+    both, lines = ask([run, trained])
+    assert f"{run} has no calibration.json" in lines
+    assert "mean of 2 runs' thresholds" not in lines
+    assert both["malignant_flag"] == ""
+    assert float(both["nv"]) == (float(raw["nv"]) + float(calibrated["nv"])) / 2
+
+    numbers = evaluate.run([run], "train", [], mesh)
+    assert "calibration" not in numbers
+    assert "has no calibration.json" in capsys.readouterr().err
+    evaluate.run([run], "val", [], mesh, tmp_path / "elsewhere")
+    assert not (run / judgement.FILE).exists()
+    numbers = evaluate.run([run], "val", [], mesh)
+    assert (run / judgement.FILE).read_text() == written
+    assert ask([run]) == (calibrated, "")
+    assert numbers["calibration"]["cross_fitted"]
+    assert json.loads((run / "metrics.json").read_text()) == numbers
+    assert json.loads((trained / "metrics.json").read_text()) == numbers
+    fixed = evaluate.run([run], "train", [], mesh)["calibration"]
+    assert not fixed["cross_fitted"]
+    assert (run / judgement.FILE).read_text() == written, "fitted on validation only"
+
+    capsys.readouterr()
+    _, lines = ask([run], ("eval.tta", "2"))
+    assert "eval.tta = 2 (calibrated with 1)" in lines
+    _, lines = ask([run, trained])
+    assert "mean of 2 runs' thresholds" in lines
+    (run / judgement.FILE).write_text(written[:100])
+    with pytest.raises(InputError, match="cannot be read"):
+        ask([run])
+
+
 def test_each_photograph_is_decoded_once_a_canvas(
     folds, other, tiny_raw, mesh, tmp_path, monkeypatch
 ):
