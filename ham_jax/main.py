@@ -7,6 +7,7 @@ python -m ham_jax.main --mode=eval --workdir=runs/resnet --split=val
 python -m ham_jax.main --mode=eval --workdir=runs/a,runs/b --split=test --output=runs/both
 python -m ham_jax.main --mode=robustness --workdir=runs/resnet
 python -m ham_jax.main --mode=predict --workdir=runs/resnet --images=photographs/
+python -m ham_jax.main --mode=report --workdir=runs/resnet
 python -m ham_jax.main --mode=compare --predictions runs/a/predictions.csv runs/b/predictions.csv
 """
 
@@ -25,7 +26,7 @@ _CONFIG = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "crossval", "prepare", "eval", "robustness", "predict", "compare"],
+    ["train", "crossval", "prepare", "eval", "robustness", "predict", "compare", "report"],
     "What to do.",
 )
 _WORKDIR = flags.DEFINE_list(
@@ -44,7 +45,8 @@ _OUTPUT = flags.DEFINE_string(
     "output",
     None,
     "--mode=predict: the CSV to write. Default: <workdir>/predict.csv. --mode=eval and"
-    " robustness: the folder to write into. Default: <workdir>. Several runs have no default.",
+    " robustness: the folder to write into. Default: <workdir>. Several runs have no default."
+    " --mode=report: the HTML file. Default: <workdir>/report.html.",
 )
 _PREDICTIONS = flags.DEFINE_list(
     "predictions", None, "--mode=compare: two or more predictions.csv of the same images."
@@ -95,6 +97,11 @@ def main(argv: list[str]) -> None:
         return
     workdirs = [Path(folder) for folder in _WORKDIR.value or [_default_workdir()]]
     workdir = workdirs[0]
+    if _MODE.value == "report":
+        from ham_jax.evaluation import report
+
+        report.run(workdir, Path(_OUTPUT.value) if _OUTPUT.value else None)
+        return
 
     logging.set_verbosity(logging.WARNING)  # libraries' own notes; ours go through console
     from ham_jax import console, parallel  # from here on, seconds of imports
@@ -144,7 +151,7 @@ def _flag_faults(predictions: list[str]) -> list[str]:
             f"--mode={mode} needs --config: configs/resnet.py for HAM10000, configs/demo.py for"
             " synthetic lesions that need no data."
         )
-    if mode in (*_EVALUATES, "predict") and not workdirs and not _CONFIG.value:
+    if mode in (*_EVALUATES, "predict", "report") and not workdirs and not _CONFIG.value:
         faults.append(f"--mode={mode} needs --workdir, the folder of a training run.")
     if not all(workdirs):
         faults.append(f"--workdir={','.join(workdirs)} names a folder without a name.")
@@ -156,6 +163,8 @@ def _flag_faults(predictions: list[str]) -> list[str]:
             faults.append(f"--mode={mode} of {len(workdirs)} runs needs --output, the {what}.")
     if mode in _EVALUATES and _OUTPUT.value and Path(_OUTPUT.value).is_file():
         faults.append(f"--output={_OUTPUT.value} is a file; --mode={mode} writes into a folder.")
+    if mode == "report" and _OUTPUT.value and Path(_OUTPUT.value).is_dir():
+        faults.append(f"--output={_OUTPUT.value} is a folder; --mode=report writes an HTML file.")
     if mode == "compare" and len(predictions) < 2:
         faults.append("--mode=compare needs --predictions: two or more files, A.csv B.csv.")
     if mode == "predict" and not _IMAGES.value:

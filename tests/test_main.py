@@ -39,13 +39,16 @@ def test_overrides_are_taken_out_of_the_command_line():
     [
         ([], ["--mode=train needs --config"]),
         (["--cofig=x"], ["Did you mean: config"]),
-        (["--mode=evaluate"], ["train|crossval|prepare|eval|robustness|predict"]),
+        (["--mode=evaluate"], ["train|crossval|prepare|eval|robustness|predict|compare|report"]),
         (["stray", "--config={root}/configs/demo.py"], ["'stray': every argument must be"]),
         (["--config=nowhere.py"], ["there is no file nowhere.py"]),
         (["--config={root}/configs/resnet.py:19"], ["18, 34, 50 or 101"]),
         (["--config={root}/configs/demo.py:x"], ["has no variants"]),
         (["--mode=eval"], ["needs --workdir"]),
         (["--mode=robustness"], ["--mode=robustness needs --workdir"]),
+        (["--mode=report"], ["--mode=report needs --workdir"]),
+        (["--mode=report", "--workdir=a,b"], ["one --workdir, not in 2"]),
+        (["--mode=report", "--workdir=a", "--output={root}"], ["is a folder"]),
         (["--mode=predict"], ["needs --workdir", "needs --images"]),
         (["--mode=crossval"], ["--mode=crossval needs --config"]),
         (

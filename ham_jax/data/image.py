@@ -106,6 +106,23 @@ def save_jpeg(pixels: np.ndarray, path: str | os.PathLike, quality: int) -> None
     Image.fromarray(pixels).save(path, "JPEG", quality=quality)
 
 
+def smaller_png(path: str | os.PathLike, side: int) -> bytes:
+    """Returns a picture as PNG, its longer side `side` pixels at the most.
+
+    Raises:
+      ImageError: as `load`.
+    """
+    try:
+        with Image.open(path) as image:
+            picture = _rgb(image)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ImageError(f"damaged or unreadable: {error}") from error
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
 def _load_or_error(source, canvas: tuple[int, int]) -> np.ndarray | ImageError:
     try:
         return load(source, canvas)

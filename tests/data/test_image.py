@@ -128,3 +128,15 @@ def test_a_decoding_process_starts_light():
     program = "import ham_jax.data.image, sys; print({'jax', 'tensorflow'} & set(sys.modules))"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.stdout.strip() == "set()"
+
+
+def test_a_smaller_picture_keeps_its_shape(tmp_path):
+    path = tmp_path / "panel.png"
+    path.write_bytes(encode(np.tile(SMOOTH, (4, 1, 1)), "PNG"))  # 120 x 40
+    with Image.open(io.BytesIO(image.smaller_png(path, 60))) as picture:
+        assert (picture.format, picture.size) == ("PNG", (20, 60))
+    with Image.open(io.BytesIO(image.smaller_png(path, 500))) as picture:
+        assert picture.size == (40, 120)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ImageError, match="damaged"):
+        image.smaller_png(path, 60)

@@ -1,0 +1,645 @@
+"""`--mode=report`: one HTML page and a model card from the files of a run's folder.
+
+No network is run: every figure comes from `predictions.csv`, or from the file that is named beside
+it. The same files give the same bytes.
+"""
+
+import base64
+import csv
+import dataclasses
+import html
+import json
+import math
+import platform
+import re
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+import numpy as np
+import pandas as pd
+import sklearn
+
+from ham_jax import CLASSES, DISCLAIMER, console, files
+from ham_jax import config as configuration
+from ham_jax.config import InputError
+from ham_jax.data import image as image_files
+from ham_jax.evaluation import (
+    bootstrap,
+    calibration,
+    decision,
+    figures,
+    isic,
+    judgement,
+    metrics,
+    subgroups,
+)
+
+FILE, CARD = "report.html", "model_card.md"
+PANELS = "explanations"
+
+NAMES = {
+    "akiec": "actinic keratosis, Bowen's disease",
+    "bcc": "basal cell carcinoma",
+    "bkl": "benign keratosis",
+    "df": "dermatofibroma",
+    "mel": "melanoma",
+    "nv": "nevus",
+    "vasc": "vascular lesion",
+}
+INTENDED = "education and research: how such networks are trained, measured and explained"
+OUT_OF_SCOPE = (
+    "diagnosis, triage or any other decision about a person, nor for photographs taken without a"
+    " dermatoscope"
+)
+_AXES = {
+    "sex": "sex",
+    "age": "age",
+    "localization": "site",
+    "dx_type": "how the truth was found",
+}
+_SPLITS = {
+    "val": "validation",
+    "test": "test",
+    "train": "training",
+    "crossval": "all folds, each image by the network that never saw its lesion",
+}
+_FIXED = ("test", "train")  # nothing is fitted on them: a run's calibration is applied as it is
+_PROGRAM = "python -m ham_jax.main"
+_NOTHING = "\N{EN DASH}"  # for what is not defined
+_NUM_HARDEST = 20
+_PANEL_BYTES = 3_000_000  # of all panels together
+_PANEL_SIDES = (1400, 1000, 700, 500, 350)  # pixels
+_ROBUSTNESS = ("corruption", "severity", "balanced_accuracy", "low", "high", "n", "split", "tta")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What a folder holds; None or empty where a file is missing.
+
+    Attributes:
+      workdir: the folder.
+      table: of `metrics.read_table`.
+      numbers: metrics.json; empty where it is missing.
+      config: config.json.
+      calibration: of `judgement.read`.
+      folds: of a cross-validation, the rows of `table` a fold.
+      robustness: robustness.csv.
+      audit: audit.csv, a row a class.
+      panels: of explanations/ the step and the pictures: {name, said, data}.
+    """
+
+    workdir: Path
+    table: pd.DataFrame
+    numbers: Mapping[str, Any]
+    config: Mapping[str, Any] | None
+    calibration: tuple[judgement.Fitted, dict[str, Any]] | None
+    folds: list[np.ndarray]
+    robustness: pd.DataFrame | None
+    audit: list[dict[str, str]]
+    panels: Mapping[str, Any] | None
+
+
+def run(workdir: Path, output: Path | None = None) -> None:
+    """Writes the report and, beside it, the model card.
+
+    Args:
+      workdir: of a run, of a cross-validation, or what `--mode=eval` wrote into.
+      output: the HTML file. Default: report.html in the folder.
+
+    Raises:
+      InputError: nothing to report on, a damaged file, files of different evaluations, or nowhere
+        to write.
+    """
+    output = output or workdir / FILE
+    evidence = read(workdir)
+    if not output.parent.is_dir():
+        raise InputError(f"--output={output}: there is no folder {output.parent}.")
+    facts = measure(evidence)
+    page, card = render(facts)
+    files.write_text(output, page)
+    files.write_text(output.with_name(CARD), card)
+    low, high = facts["intervals"]["balanced_accuracy"]
+    rows = [
+        ["balanced accuracy", f"{facts['balanced_accuracy']:.3f} ({low:.3f} to {high:.3f})"],
+        ["not in it", ", ".join(name for name in facts["missing"]) or "nothing"],
+        ["written", f"{output}, {output.with_name(CARD)}"],
+    ]
+    console.print_table(DISCLAIMER, ["", ""], rows)
+
+
+def read(workdir: Path) -> Evidence:
+    """Reads a folder.
+
+    Raises:
+      InputError: see `run`; all faults at once.
+    """
+    faults: list[str] = []
+
+    def reading(what: Callable[[Path], Any], name: str, default: Any) -> Any:
+        if not (workdir / name).exists():
+            return default
+        try:
+            return what(workdir / name)
+        except InputError as error:
+            faults.extend(error.faults)
+        except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
+            faults.append(
+                f"{workdir / name} is damaged: {error}. Remove it, or make it anew with the"
+                " command that made it."
+            )
+        return default
+
+    if not (workdir / "predictions.csv").is_file():
+        raise InputError(
+            f"{workdir / 'predictions.csv'} is missing, from which a report is made. It is written"
+            f" by training and by --mode=eval --workdir={workdir}."
+        )
+    table = reading(_read_predictions, "predictions.csv", None)
+    evidence = Evidence(
+        workdir,
+        table,
+        reading(_read_json, "metrics.json", {}),
+        reading(_read_json, "config.json", None) or reading(_read_json, "fold0/config.json", None),
+        reading(lambda _: judgement.read(workdir), judgement.FILE, None),
+        reading(lambda _: _read_folds(workdir, table), "fold0", []),
+        reading(_read_robustness, "robustness.csv", None),
+        reading(_read_audit, "audit.csv", []) or reading(_read_audit, "fold0/audit.csv", []),
+        reading(_read_panels, f"{PANELS}/manifest.json", None),
+    )
+    if not faults:
+        faults += _mismatch(evidence)
+    if faults:
+        raise InputError(faults)
+    return evidence
+
+
+def measure(evidence: Evidence) -> dict[str, Any]:
+    """Returns all that page and card say: numbers, texts, and figures as SVG."""
+    labels, probabilities, groups = _arrays(evidence.table)
+    numbers, config = evidence.numbers, evidence.config or {}
+    split = numbers.get("split")
+    judged, judged_note = _judged(evidence)
+    if judged is None:
+        measured = {key: numbers.get(key) for key in ("calibration", "decision")}
+        best_name = "none, as the network says"
+    else:
+        measured = judgement.measure(labels, groups, judged, split not in _FIXED)
+        best_name = judged.method
+    known = evidence.table[list(metrics.KNOWN)]
+    known = ((known != "") & known.notna()).any(axis=None)
+    found = metrics.compute(labels, probabilities)
+    facts = {
+        **found,
+        "intervals": bootstrap.intervals(labels, probabilities, groups),
+        "baseline": _baseline(found["per_class"]),
+        "name": evidence.workdir.resolve().name,
+        "model": _model(config),
+        "synthetic": bool(_key(config, "data.synthetic_images")),
+        "split": split,
+        "split_name": _SPLITS.get(split, "not known, as there is no metrics.json"),
+        "num_lesions": len(set(groups)),
+        "isic": (
+            isic.score(evidence.table["image_id"].tolist(), labels, probabilities)
+            if split == "test"
+            else None
+        ),
+        **measured,
+        "judged_note": judged_note,
+        "best_name": best_name,
+        "cross_fitted": judged is not None and split not in _FIXED,
+        "ood": _ood(evidence.table),
+        "subgroups": (
+            subgroups.measure(labels, probabilities, groups, evidence.table) if known else None
+        ),
+        "robustness": _robustness(evidence.robustness),
+        "panels": evidence.panels and {**evidence.panels, "stale": _is_stale(evidence)},
+        "hardest": _hardest(evidence.table, labels, probabilities),
+        "audit": evidence.audit,
+        "config": _config_rows(config),
+        "limits": _limits(split, labels, groups),
+        "command": f"{_PROGRAM} --mode=report --workdir={shlex.quote(str(evidence.workdir))}",
+        "provenance": _provenance(numbers),
+        "parts": numbers.get("members") or numbers.get("folds"),
+        "parts_name": "Members of the ensemble" if "members" in numbers else "Folds",
+    }
+    facts["flagged"] = _flagged(facts["subgroups"])
+    commands = _commands(evidence)
+    facts["missing"] = {what: command for what, command in commands.items() if not facts[what]}
+    return facts | {"figures": _figures(facts, labels, probabilities, judged, evidence.table)}
+
+
+def render(facts: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns the page and the model card, texts, of what `measure` returned."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=lambda name: ".html" in name,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "number": lambda value, digits=3: _NOTHING if value is None else f"{value:.{digits}f}",
+        "signed": lambda value: _NOTHING if value is None else f"{value:+.3f}",
+        "span": _span,
+        "signed_span": lambda pair: _span(pair, sign="+"),
+        "percent": lambda value, digits=0: (
+            _NOTHING if value is None else f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
+        ),
+        "words": lambda name: str(name).replace("_", " ").replace("auc", "AUC"),
+        "cell": _cell,
+    }
+    common = {
+        **facts,
+        "facts": facts,
+        "classes": CLASSES,
+        "names": NAMES,
+        "calibration_methods": _methods(facts["calibration"]),
+        "malignant": decision.MALIGNANT,
+        "sensitivity": decision.SENSITIVITY,
+        "min_lesions": subgroups.MIN_LESIONS,
+        "axes": _AXES,
+        "intended": INTENDED,
+        "out_of_scope": OUT_OF_SCOPE,
+        "disclaimer": DISCLAIMER,
+    }
+    return (
+        environment.get_template("report.html.jinja").render(common),
+        environment.get_template("model_card.md.jinja").render(common),
+    )
+
+
+def _commands(evidence: Evidence) -> dict[str, str]:
+    """Returns the command that makes what each section needs, whether or not it is there."""
+    folder, split = shlex.quote(str(evidence.workdir)), evidence.numbers.get("split")
+    chosen = f" --split={split}" if split in _FIXED else ""
+    where = run = f"--workdir={folder}"
+    if split == "crossval":
+        evaluate = f"{_PROGRAM} --mode=crossval --config=CONFIG {where}"
+        where = run = f"--workdir={folder}/fold0"
+    else:
+        if members := evidence.numbers.get("members"):
+            runs = ",".join(shlex.quote(str(member.get("workdir"))) for member in members)
+            run, where = "--workdir=RUN", f"--workdir={runs} --output={folder}"
+        elif not (evidence.workdir / "checkpoints").is_dir():  # --mode=eval --output
+            run, where = "--workdir=RUN", f"--workdir=RUN --output={folder}"
+        evaluate = f"{_PROGRAM} --mode=eval {where}{chosen}"
+    fit = evaluate
+    if chosen and "members" not in evidence.numbers:
+        fit = f"{_PROGRAM} --mode=eval --split=val {run} && {evaluate}"
+    return {
+        "calibration": fit,
+        "decision": fit,
+        "ood": fit,
+        "subgroups": evaluate,
+        "robustness": f"{_PROGRAM} --mode=robustness {where}{chosen}",
+        "panels": f"{_PROGRAM} --mode=explain {run}{chosen}",
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError("it holds no object")
+    return content
+
+
+def _read_predictions(path: Path) -> pd.DataFrame:
+    table = metrics.read_table(path)
+    probabilities = table[list(CLASSES)].to_numpy()
+    if not len(table):
+        raise ValueError("it has no images")
+    if not np.isfinite(probabilities).all() or not np.allclose(probabilities.sum(axis=1), 1):
+        raise ValueError("seven probabilities do not sum to 1 in each line")
+    if repeated := table["image_id"][table["image_id"].duplicated()].tolist():
+        raise ValueError(f"{len(repeated)} images are in it twice, such as {repeated[0]!r}")
+    if "ood_score" in table:
+        table["ood_score"] = table["ood_score"].replace("", "nan").astype(float)
+    return table
+
+
+def _read_folds(workdir: Path, table: pd.DataFrame | None) -> list[np.ndarray]:
+    """Returns the rows of the table that each fold holds; none if they do not make it up."""
+    if table is None:
+        return []
+    place = pd.Index(table["image_id"])
+    paths = sorted(workdir.glob("fold*/predictions.csv"))
+    folds = [place.get_indexer(metrics.read_table(path)["image_id"]) for path in paths]
+    whole = np.array_equal(np.sort(np.concatenate([[], *folds])), np.arange(len(table)))
+    return folds if whole else []
+
+
+def _read_robustness(path: Path) -> pd.DataFrame:
+    table = pd.read_csv(path, keep_default_na=False)
+    if absent := [name for name in _ROBUSTNESS if name not in table]:
+        raise ValueError(f"it lacks {', '.join(absent)}")
+    for name in ("severity", "balanced_accuracy", "low", "high"):
+        table[name] = pd.to_numeric(table[name])
+    if table.empty or table["corruption"].iloc[0] != "none":
+        raise ValueError("its first row is not the clean one")
+    return table
+
+
+def _read_audit(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _read_panels(path: Path) -> dict[str, Any] | None:
+    """Returns the step and the pictures of a manifest, all of the size that keeps the page small.
+
+    None where it is of a person's own photographs, which are no business of a report.
+    """
+    manifest = _read_json(path)
+    if "split" not in manifest:
+        return None
+    names = list(manifest["panels"])
+    pictures: list[bytes] = []
+    for side in _PANEL_SIDES:
+        pictures = [image_files.smaller_png(path.with_name(Path(n).name), side) for n in names]
+        if sum(map(len, pictures)) <= _PANEL_BYTES:
+            break
+    return {
+        "split": manifest["split"],
+        "step": manifest["step"],
+        "pictures": [
+            {
+                "name": Path(name).stem.replace("_", " "),
+                "said": "; ".join(
+                    f"{image['image_id']}, truth {image['truth']}, answer {image['prediction']}"
+                    f" {image['probability']:.2f}"
+                    for image in manifest["panels"][name]
+                ),
+                "data": base64.b64encode(picture).decode(),
+            }
+            for name, picture in zip(names, pictures, strict=True)
+        ],
+    }
+
+
+def _mismatch(evidence: Evidence) -> list[str]:
+    """Returns the fault that metrics.json is of other predictions than are there."""
+    if not evidence.numbers:
+        return []
+    labels, probabilities, _ = _arrays(evidence.table)
+    found = metrics.compute(labels, probabilities)
+    said = [evidence.numbers.get(name) for name in ("num_images", "log_loss")]
+    if said[0] == found["num_images"] and math.isclose(said[1] or 0, found["log_loss"]):
+        return []
+    return [
+        f"{evidence.workdir}: metrics.json is of {said[0]} images with log loss {said[1]},"
+        f" predictions.csv of {found['num_images']} with {found['log_loss']}. They come from"
+        f" different evaluations: make both anew with --mode=eval --workdir={evidence.workdir}."
+    ]
+
+
+def _arrays(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns labels int [n], probabilities float64 [n, 7] and the lesions [n]."""
+    labels = np.array([CLASSES.index(dx) for dx in table["truth"]], int)
+    return labels, table[list(CLASSES)].to_numpy(), table["lesion_id"].to_numpy()
+
+
+def _judged(evidence: Evidence) -> tuple[judgement.Judgement | None, str]:
+    """Returns calibrated probabilities with their thresholds, and a sentence on how they came.
+
+    None where the folder has not what it takes. Of an ensemble it never has: each member is
+    calibrated by itself.
+    """
+    labels, probabilities, groups = _arrays(evidence.table)
+    numbers = evidence.numbers
+    used = (numbers.get("calibration") or {}).get("method")
+    used = used or ((evidence.config or {}).get("eval") or {}).get("calibration", "temperature")
+    measured = "As --mode=eval measured it." if "calibration" in numbers else ""
+    if "members" in numbers:
+        return None, measured
+    if numbers.get("split") in _FIXED:
+        if evidence.calibration is None:
+            return None, measured
+        fitted, fitted_on = evidence.calibration
+        note = (
+            f"Fitted on {fitted_on.get('num_images')} validation images of"
+            f" {fitted_on.get('num_lesions')} lesions, applied here as it is."
+        )
+        if differs := judgement.mismatch(fitted_on, {**fitted_on, **numbers}):
+            note += f" It was fitted for other probabilities: {differs}."
+        return judgement.apply(fitted, used, probabilities), note
+    note = (
+        "Fitted on these very images, but cross-fitted: each fold of lesions is calibrated and"
+        " judged by what was fitted on the other folds."
+    )
+    if numbers.get("split") == "crossval":
+        parts = [
+            judgement.cross_fit(labels[rows], probabilities[rows], groups[rows], used)
+            for rows in evidence.folds
+        ]
+        if not parts or None in parts:
+            return None, measured
+        return judgement.join(parts, np.concatenate(evidence.folds)), note
+    return judgement.cross_fit(labels, probabilities, groups, used), note
+
+
+def _ood(table: pd.DataFrame) -> dict[str, Any] | None:
+    if "ood_score" not in table:
+        return None
+    scores = table["ood_score"].dropna()
+    if scores.empty:
+        return None
+    return {
+        "num_images": len(scores),
+        "share": float((scores > 1).mean()),
+        "median": float(scores.median()),
+        "highest": [
+            {"image_id": row.image_id, "truth": row.truth, "score": row.ood_score}
+            for row in table.loc[scores.index]
+            .sort_values(["ood_score", "image_id"], ascending=[False, True])
+            .head(5)
+            .itertuples()
+        ],
+    }
+
+
+def _robustness(table: pd.DataFrame | None) -> dict[str, Any] | None:
+    """Returns the clean row, the severities, and a row a corruption with its mean."""
+    if table is None:
+        return None
+    clean, corrupted = table.iloc[0].to_dict(), table.iloc[1:]
+    rows = []
+    for name, of_name in corrupted.groupby("corruption", sort=False):
+        cells = {row.severity: row._asdict() for row in of_name.itertuples(index=False)}
+        rows.append({"name": name, "cells": cells, "mean": of_name["balanced_accuracy"].mean()})
+    return {
+        "clean": clean,
+        "severities": sorted(corrupted["severity"].unique().tolist()),
+        "rows": rows,
+        "mean": corrupted["balanced_accuracy"].mean() if rows else None,
+    }
+
+
+def _hardest(
+    table: pd.DataFrame, labels: np.ndarray, probabilities: np.ndarray
+) -> list[dict[str, Any]]:
+    """Returns the most confident wrong answers, the worst first."""
+    wrong = np.flatnonzero(~metrics.correct_answers(labels, probabilities))
+    confidence = probabilities.max(axis=1)
+    image_ids = table["image_id"].to_numpy()
+    order = wrong[np.lexsort((image_ids[wrong], -confidence[wrong]))][:_NUM_HARDEST]
+    return [
+        {
+            **{name: table[name].iloc[row] for name in ("image_id", "lesion_id", "truth")},
+            "predicted": CLASSES[probabilities[row].argmax()],
+            "confidence": confidence[row],
+            "of_truth": probabilities[row, labels[row]],
+        }
+        for row in order
+    ]
+
+
+def _is_stale(evidence: Evidence) -> bool:
+    """Returns whether the panels show another evaluation than the predictions."""
+    numbers, panels = evidence.numbers, evidence.panels
+    return any(numbers.get(key, panels[key]) != panels[key] for key in ("split", "step"))
+
+
+def _baseline(per_class: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns what always giving the most frequent answer is worth."""
+    counts = {dx: row["num_images"] for dx, row in per_class.items()}
+    answer = max(counts, key=counts.get)
+    return {
+        "answer": answer,
+        "accuracy": counts[answer] / sum(counts.values()),
+        "balanced_accuracy": 1 / sum(count > 0 for count in counts.values()),
+    }
+
+
+def _key(config: Mapping[str, Any], path: str) -> Any:
+    """Returns a configuration's value of a key; None where there is no such key."""
+    return configuration.flatten(config).get(path)
+
+
+def _model(config: Mapping[str, Any]) -> str:
+    """Returns the network in words; empty where it is not known."""
+    name = _key(config, "model.name")
+    if not name:
+        return ""
+    source = _key(config, "model.pretrained")
+    start = f"from {source}" if source else "from random weights"
+    beside = ", with age, sex and site" if _key(config, "model.metadata") else ""
+    return f"{name} {start}, {_key(config, 'augment.crop_px')} px{beside}"
+
+
+def _methods(measured: Mapping[str, Any] | None) -> list[str]:
+    """Returns the methods that were measured; an ensemble's own may be a mix of them."""
+    if not measured:
+        return []
+    names = dict.fromkeys((*calibration.METHODS, measured["method"]))
+    return [name for name in names if name in measured]
+
+
+def _flagged(measured: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Returns the flagged gaps of `subgroups.measure`."""
+    return [
+        {"axis": axis, "name": name, "figure": figure, **gap}
+        for axis, rows in (measured or {"axes": {}})["axes"].items()
+        for name, row in rows.items()
+        for figure, gap in row["gaps"].items()
+        if gap["flagged"]
+    ]
+
+
+def _limits(split: str | None, labels: np.ndarray, groups: np.ndarray) -> list[str]:
+    """Returns the sentences that keep a reader from taking the figures for more than they are."""
+    of_split = {
+        "val": "The best checkpoint was chosen on these photographs, so the figures lean high.",
+        "crossval": "Each fold's best checkpoint was chosen on the photographs that it is judged"
+        " by, so the figures lean high.",
+        "test": "No weight, checkpoint or threshold was chosen on these photographs.",
+        "train": "The network was trained on these very photographs: the figures say nothing about"
+        " new ones.",
+    }
+    lesions = [len(np.unique(groups[labels == k])) for k in range(len(CLASSES))]
+    few = [
+        f"{dx} ({num})"
+        for dx, num in zip(CLASSES, lesions, strict=True)
+        if num < subgroups.MIN_LESIONS
+    ]
+    return [
+        *([of_split[split]] if split in of_split else []),
+        *(
+            [f"Few lesions of {', '.join(few)}: their figures are uncertain, see the intervals."]
+            if few
+            else []
+        ),
+        "It knows seven diagnoses. Any other disease, and healthy skin, gets one of them.",
+        "How frequent each diagnosis is here is the data set's doing; precision and calibration"
+        " are others where the frequencies are.",
+        "HAM10000 comes from few clinics and cameras, and mostly from fair skin. Skin colour is not"
+        " recorded, so no figure can be given by it.",
+        "Not every truth was found by histology; the subgroups by how it was found show the"
+        " difference.",
+    ]
+
+
+def _provenance(numbers: Mapping[str, Any]) -> dict[str, str]:
+    """Returns what was evaluated, and with what it was drawn."""
+    named = {
+        "step": "checkpoint, step",
+        "weights": "weights",
+        "tta": "views averaged",
+        "crop_scale": "central crop",
+        "records": "fingerprint of the records",
+    }
+    return {
+        **{title: str(numbers[key]) for key, title in named.items() if key in numbers},
+        "drawn with": f"Python {platform.python_version()}, numpy {np.__version__}, scikit-learn"
+        f" {sklearn.__version__}, matplotlib {matplotlib.__version__}",
+    }
+
+
+def _config_rows(config: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Returns key, value and default, texts, of each key of a configuration."""
+    default = configuration.flatten(configuration.to_dict(configuration.base()))
+    return [
+        {"key": key, "value": json.dumps(value), "default": json.dumps(default.get(key))}
+        for key, value in sorted(configuration.flatten(config).items())
+    ]
+
+
+def _figures(
+    facts: Mapping[str, Any],
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    judged: judgement.Judgement | None,
+    table: pd.DataFrame,
+) -> dict[str, str]:
+    best = judged.probabilities if judged else probabilities
+    drawn = {
+        "roc": figures.roc(labels, probabilities, facts["per_class"]),
+        "precision_recall": figures.precision_recall(labels, probabilities, facts["per_class"]),
+        "risk": figures.risk_coverage(decision.risk_coverage(labels, best)),
+    }
+    if facts["calibration"]:
+        drawn["reliability"] = figures.reliability(
+            facts["calibration"]["reliability"], facts["calibration"]["method"]
+        )
+    if judged and facts["decision"]["malignant"]["auc"] is not None:
+        curve = decision.roc(labels, decision.malignancy(best))
+        drawn["malignancy"] = figures.malignancy(curve, facts["decision"]["malignant"])
+    if facts["ood"]:
+        drawn["ood"] = figures.ood_scores(table["ood_score"].dropna().to_numpy())
+    return drawn
+
+
+def _span(pair: list[float] | None, digits: int = 3, sign: str = "") -> str:
+    if pair is None:
+        return _NOTHING
+    low, high = (f"{value:{sign}.{digits}f}" for value in pair)
+    return f"{low} to {high}"
+
+
+def _cell(text: Any) -> str:
+    """Returns a text that means nothing but itself in a Markdown table."""
+    return re.sub(r"([\\`*_|\[\]])", r"\\\1", html.escape(str(text), quote=False))

@@ -1,0 +1,363 @@
+"""The report says what the metrics say, stands alone, and stays the same."""
+
+import collections
+import functools
+import html.parser
+import json
+import re
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ham_jax import CLASSES, DISCLAIMER
+from ham_jax.config import InputError
+from ham_jax.data import image
+from ham_jax.evaluation import bootstrap, decision, judgement, metrics, report, subgroups
+
+NUM = 210
+HOSTILE = "<script>alert(1)</script>|`x`"
+
+
+def write_predictions(folder, num=NUM, seed=0, **columns):
+    """Returns labels, probabilities and lesions of a folder's new predictions.csv."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(num) % 7
+    probabilities = rng.dirichlet(np.full(7, 0.5), num) * 0.5
+    probabilities[np.arange(num), labels] += 0.5 * rng.random(num)
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    image_ids = [f"ISIC_{n:07d}" for n in range(num)]
+    # The most confident wrong answer, so that its name is on the page.
+    image_ids[0], probabilities[0] = HOSTILE, np.eye(7)[3]
+    lesions = [f"HAM_{n // 14 * 7 + n % 7}" for n in range(num)]
+    known = pd.DataFrame({"sex": ["female", "male"] * (num // 2), **columns})
+    metrics.write_predictions(
+        folder / "predictions.csv", image_ids, lesions, labels, probabilities, known
+    )
+    return arrays(folder)
+
+
+def arrays(folder):
+    """Returns labels, probabilities and lesions of a folder's predictions.csv."""
+    _, lesions, labels, probabilities = metrics.read_predictions(folder / "predictions.csv")
+    return labels, probabilities, np.array(lesions)
+
+
+def write_numbers(folder, labels, probabilities, **about):
+    numbers = metrics.compute(labels, probabilities) | about
+    (folder / "metrics.json").write_text(json.dumps(numbers))
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A folder with every file that a report reads."""
+    folder = tmp_path_factory.mktemp("full")
+    scores = np.linspace(0.2, 1.4, NUM)
+    labels, probabilities, lesions = write_predictions(
+        folder,
+        ood_score=scores,
+        age=np.arange(NUM) % 80,
+        localization=[HOSTILE] * NUM,
+        dx_type=["histo"] * NUM,
+    )
+    write_numbers(folder, labels, probabilities, split="val", step=7, records="f00")
+    fitted_on = {"split": "val", "step": 7, "tta": 1, "crop_scale": 1.0, "weights": "raw"}
+    judgement.write(folder, judgement.fit(labels, probabilities, lesions), fitted_on)
+    (folder / "config.json").write_text(
+        json.dumps({"model": {"name": HOSTILE, "pretrained": None}, "seed": 3})
+    )
+    (folder / "audit.csv").write_text("dx,train_images\nakiec,257\n")
+    (folder / "robustness.csv").write_text(
+        "corruption,severity,balanced_accuracy,low,high,accuracy,macro_auc,n,split,tta\n"
+        "none,0,0.8,0.7,0.9,0.8,0.9,210,val,1\nfog,1,0.6125,0.5,0.7,0.6,,210,val,1\n"
+        "fog,2,0.4125,0.3,0.5,0.4,,210,val,1\n"
+    )
+    (folder / "explanations").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (900, 500, 3), np.uint8)
+    image.save_jpeg(noise, folder / "explanations" / "uncertain.png", 90)
+    shown = {"image_id": "a", "truth": "nv", "prediction": "mel", "probability": 0.5}
+    manifest = {"split": "val", "step": 7, "panels": {"uncertain.png": [shown]}}
+    (folder / "explanations" / "manifest.json").write_text(json.dumps(manifest))
+    report.run(folder)
+    return folder
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A folder with nothing but predictions."""
+    write_predictions(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def few_draws(monkeypatch):
+    """What does not look at intervals need not wait for them."""
+    draw = functools.partial(bootstrap.intervals, num_draws=20)
+    monkeypatch.setattr(bootstrap, "intervals", draw)
+    monkeypatch.setattr(subgroups, "_NUM_DRAWS", 20)
+
+
+class Page(html.parser.HTMLParser):
+    """What is in a page: texts of table rows, ids, what it loads, and where it points."""
+
+    OPEN = ("meta", "br", "img", "wbr")
+
+    def __init__(self, text):
+        super().__init__()
+        self.rows, self.ids, self.loads, self.anchors, self.scripts = [], [], [], [], 0
+        self.pictures_without_words = 0
+        self._stack = []
+        self.feed(text)
+        self.close()
+        assert self._stack == []
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        if tag not in self.OPEN:
+            self._stack.append(tag)
+        self.ids += [given["id"]] if "id" in given else []
+        self.scripts += tag == "script"
+        self.loads += [given[k] for k in ("src", "srcset", "data", "action") if k in given]
+        self.loads += [given["href"]] if tag in ("link", "base", "image") else []
+        self.loads += re.findall(r"url\(([^)]*)\)", given.get("style", ""))
+        self.pictures_without_words += tag == "img" and not given.get("alt")
+        self.pictures_without_words += tag == "svg" and not given.get("aria-label")
+        if "href" in given:
+            self.anchors.append(given["href"])
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.OPEN:
+            self._stack.pop()
+
+    def handle_endtag(self, tag):
+        assert self._stack.pop() == tag
+
+    def handle_data(self, data):
+        if {"td", "th"} & set(self._stack):
+            self.rows[-1][-1] += data
+
+
+def page_of(folder):
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def numbers_of(row):
+    return [float(x) for cell in row for x in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", cell)]
+
+
+def test_the_page_says_what_the_metrics_say(full):
+    labels, probabilities, lesions = arrays(full)
+    numbers = metrics.compute(labels, probabilities)
+    spans = bootstrap.intervals(labels, probabilities, lesions)
+    text = page_of(full)
+    for key in ("balanced_accuracy", "accuracy", "macro_auc", "log_loss"):
+        low, high = spans[key]
+        said = (
+            rf'"value">{numbers[key]:.3f}</span>\s*<span class="span">[^<]*{low:.3f} to {high:.3f}'
+        )
+        assert re.search(said, text), key
+    assert DISCLAIMER in text
+
+    rows = Page(text).rows
+    for k, dx in enumerate(CLASSES):
+        figures, confused = [numbers_of(row) for row in rows if row and dx in row[0].split()][:2]
+        of_class = numbers["per_class"][dx]
+        expected = [
+            of_class["num_images"],
+            *(of_class["sensitivity"], *spans["per_class"][dx]["sensitivity"]),
+            *(of_class[key] for key in ("specificity", "precision", "f1")),
+            *(of_class["auc"], *spans["per_class"][dx]["auc"]),
+            of_class["average_precision"],
+        ]
+        assert figures == pytest.approx(expected, abs=5.1e-4)
+        assert confused[1::2] == numbers["confusion_matrix"][k]
+
+    judged = judgement.cross_fit(labels, probabilities, lesions, "temperature")
+    measured = judgement.measure(labels, lesions, judged, True)
+    isotonic = next(numbers_of(row) for row in rows if row and row[0] == "isotonic")
+    assert isotonic == pytest.approx(list(measured["calibration"]["isotonic"].values()), abs=5.1e-4)
+    flag = measured["decision"]["malignant"]
+    said = next(numbers_of(row) for row in rows if row and row[0] == "specificity of the flag")
+    assert said == pytest.approx([flag["specificity"], *flag["specificity_interval"]], abs=5.1e-4)
+    fog = next(numbers_of(row) for row in rows if row and row[0] == "fog")
+    assert fog == pytest.approx([0.6125, 0.5, 0.7, 0.4125, 0.3, 0.5, 0.5125], abs=5.1e-4)
+
+
+def test_the_card_says_the_same(full):
+    labels, probabilities, _ = arrays(full)
+    numbers = metrics.compute(labels, probabilities)
+    card = (full / "model_card.md").read_text(encoding="utf-8")
+    assert f"| balanced accuracy | {numbers['balanced_accuracy']:.3f} |" in card
+    sensitivity = numbers["per_class"]["mel"]["sensitivity"]
+    assert f"| mel | {NUM // 7} | {sensitivity:.3f} |" in card
+    assert all(word in card for word in (DISCLAIMER, "CC BY-NC 4.0", "Apache", "fog"))
+    assert "<script" not in card
+    tables = re.findall(r"(?:^\|.*\n)+", card, re.MULTILINE)
+    for table in tables:
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(widths) == 1, table
+
+
+def test_the_page_stands_alone(full):
+    text = page_of(full)
+    page = Page(text)
+    assert all(load.startswith(("data:image/png;base64,", "#")) for load in page.loads)
+    assert all(anchor.startswith("#") for anchor in page.anchors)
+    assert {anchor[1:] for anchor in page.anchors} <= set(page.ids)
+    assert "http:" not in text
+    assert "https:" not in text
+    assert "@import" not in text
+    assert len(page.ids) == len(set(page.ids))
+    assert page.pictures_without_words == 0
+    assert len(text) < 5_000_000
+
+
+def test_a_hostile_name_is_a_name(full):
+    page = Page(page_of(full))
+    assert page.scripts == 1
+    assert any(row and row[0] == HOSTILE for row in page.rows)
+
+
+def test_the_same_files_give_the_same_bytes(full, tmp_path):
+    before = [(full / name).read_bytes() for name in ("report.html", "model_card.md")]
+    report.run(full, tmp_path / "again.html")
+    assert [(tmp_path / n).read_bytes() for n in ("again.html", "model_card.md")] == before
+
+
+@pytest.mark.usefixtures("few_draws")
+def test_other_predictions_give_another_page(full, tmp_path):
+    folder = shutil.copytree(full, tmp_path / full.name)
+    labels, probabilities, _ = write_predictions(folder, seed=1)
+    with pytest.raises(InputError, match="different evaluations"):
+        report.run(folder)
+    write_numbers(folder, labels, probabilities, split="val")
+    report.run(folder)
+    value = metrics.compute(labels, probabilities)["balanced_accuracy"]
+    assert f'"value">{value:.3f}<' in page_of(folder)
+
+
+@pytest.mark.usefixtures("few_draws")
+def test_without_the_other_files_it_says_what_makes_them(bare):
+    report.run(bare)
+    text = page_of(bare)
+    for mode in ("eval", "robustness", "explain"):
+        assert f"--mode={mode}" in text
+    assert "Made by" in (bare / "model_card.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("metrics.json", "calibration.json", "config.json", "audit.csv", "robustness.csv"),
+        "explanations",
+    ],
+)
+@pytest.mark.usefixtures("few_draws")
+def test_each_other_file_may_be_missing(full, tmp_path, name, monkeypatch):
+    monkeypatch.setattr(report, "_figures", lambda *_: collections.defaultdict(str))
+    folder = shutil.copytree(full, tmp_path / "run")
+    (folder / name).unlink() if (folder / name).is_file() else shutil.rmtree(folder / name)
+    facts = report.measure(report.read(folder))
+    report.render(facts)
+
+
+@pytest.mark.usefixtures("few_draws")
+def test_on_test_the_calibration_of_validation_is_applied(full, tmp_path):
+    folder = shutil.copytree(full, tmp_path / "run")
+    labels, probabilities, lesions = write_predictions(folder, seed=2)
+    write_numbers(folder, labels, probabilities, split="test")
+    facts = report.measure(report.read(folder))
+    fitted, _ = judgement.read(folder)
+    judged = judgement.apply(fitted, "temperature", probabilities)
+    expected = decision.measure(labels, judged.probabilities, lesions, judged.thresholds)
+    assert facts["decision"] == expected
+    assert facts["isic"]["overall"] == pytest.approx(facts["balanced_accuracy"])
+
+    (folder / "calibration.json").unlink()
+    without = report.measure(report.read(folder))
+    assert without["calibration"] is None
+    assert "--split=val" in without["missing"]["calibration"]
+
+
+@pytest.mark.usefixtures("few_draws")
+def test_folds_are_calibrated_by_themselves(tmp_path):
+    labels, probabilities, lesions = write_predictions(tmp_path)
+    write_numbers(tmp_path, labels, probabilities, split="crossval")
+    table = metrics.read_table(tmp_path / "predictions.csv")
+    parts, places = [], []
+    for fold in range(2):
+        rows = np.flatnonzero(np.unique(lesions, return_inverse=True)[1] % 2 == fold)
+        (tmp_path / f"fold{fold}").mkdir()
+        table.iloc[rows[::-1]].to_csv(tmp_path / f"fold{fold}" / "predictions.csv", index=False)
+        parts.append(
+            judgement.cross_fit(labels[rows], probabilities[rows], lesions[rows], "temperature")
+        )
+        places.append(rows)
+    joined = judgement.join(parts, np.concatenate(places))
+    expected = judgement.measure(labels, lesions, joined, True)
+    facts = report.measure(report.read(tmp_path))
+    assert facts["calibration"]["temperature"] == pytest.approx(
+        expected["calibration"]["temperature"]
+    )
+
+
+@pytest.mark.usefixtures("few_draws")
+def test_an_ensembles_decisions_are_those_that_eval_measured(tmp_path):
+    labels, probabilities, lesions = write_predictions(tmp_path)
+    judged = judgement.cross_fit(labels, probabilities, lesions, "vector")
+    measured = judgement.measure(labels, lesions, judged, True)
+    members = [{"workdir": "runs/a", "step": 1}, {"workdir": "runs/b", "step": 2}]
+    write_numbers(tmp_path, labels, probabilities, split="val", members=members, **measured)
+    report.run(tmp_path)
+    text = page_of(tmp_path)
+    size = measured["decision"]["sets"]["0.95"]["class_conditional"]["mean_size"]
+    row = next(
+        row for row in Page(text).rows if row[:2] == ["95\N{NO-BREAK SPACE}%", "class conditional"]
+    )
+    assert float(row[3]) == pytest.approx(size, abs=5.1e-3)
+    assert "runs/a,runs/b" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "answer"),
+    [
+        ("predictions.csv", "image_id,truth\n", "it lacks"),
+        ("predictions.csv", "image_id,lesion_id,truth," + ",".join(CLASSES) + "\n", "no images"),
+        (
+            "predictions.csv",
+            "image_id,lesion_id,truth," + ",".join(CLASSES) + "\na,b,nv,nan,0,0,0,0,1,0\n",
+            "sum to 1",
+        ),
+        (
+            "predictions.csv",
+            "image_id,lesion_id,truth," + ",".join(CLASSES) + "\n" + "a,b,nv,0,0,0,0,0,1,0\n" * 2,
+            "twice",
+        ),
+        ("metrics.json", "{", "metrics.json is damaged"),
+        ("metrics.json", '{"num_images": 3}', "different evaluations"),
+        ("config.json", "[]", "config.json is damaged"),
+        ("calibration.json", "{}", "none that this version"),
+        ("robustness.csv", "corruption\nfog\n", "robustness.csv is damaged"),
+        ("robustness.csv", "", "robustness.csv is damaged"),
+        ("explanations/manifest.json", '{"split": 1}', "manifest.json is damaged"),
+    ],
+)
+def test_damaged_files_are_named(bare, name, content, answer):
+    (bare / "explanations").mkdir()
+    (bare / name).write_text(content)
+    with pytest.raises(InputError, match=answer):
+        report.run(bare)
+    assert not (bare / "report.html").exists()
+
+
+def test_missing_predictions_and_nowhere_to_write_are_answered(bare, tmp_path):
+    with pytest.raises(InputError, match=r"predictions\.csv is missing"):
+        report.run(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="there is no folder"):
+        report.run(bare, tmp_path / "nowhere" / "report.html")
