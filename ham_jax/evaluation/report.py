@@ -576,8 +576,8 @@ def _limits(split: str | None, labels: np.ndarray, groups: np.ndarray) -> list[s
         "It knows seven diagnoses. Any other disease, and healthy skin, gets one of them.",
         "How frequent each diagnosis is here is the data set's doing; precision and calibration"
         " are others where the frequencies are.",
-        "HAM10000 comes from few clinics and cameras, and mostly from fair skin. Skin colour is not"
-        " recorded, so no figure can be given by it.",
+        "HAM10000 was collected at clinics in Austria and Australia, with few kinds of camera. Skin"
+        " colour is not recorded, so no figure can be given by it.",
         "Not every truth was found by histology; the subgroups by how it was found show the"
         " difference.",
     ]
