@@ -47,6 +47,8 @@ def test_overrides_are_taken_out_of_the_command_line():
         (["--mode=eval"], ["needs --workdir"]),
         (["--mode=robustness"], ["--mode=robustness needs --workdir"]),
         (["--mode=predict"], ["needs --workdir", "needs --images"]),
+        (["--mode=explain"], ["needs --workdir"]),
+        (["--mode=explain", "--workdir=a,b"], ["one --workdir, not in 2"]),
         (["--mode=crossval"], ["--mode=crossval needs --config"]),
         (
             [
