@@ -195,6 +195,7 @@ def base() -> ml_collections.ConfigDict:
     # What eval and predict make of the probabilities: none | temperature | vector | isotonic.
     # The last two follow validation's class frequencies and change which class comes first.
     evaluation.calibration = "temperature"
+    evaluation.ood = True  # mark images unlike those of training
 
     c.log = log = ml_collections.ConfigDict()
     log.every_steps = 20

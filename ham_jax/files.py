@@ -7,11 +7,16 @@ from typing import Any
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a text under a temporary name, then renames it."""
+    """Writes a text in UTF-8 as `write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Writes bytes under a temporary name, then renames it."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8", newline="")
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

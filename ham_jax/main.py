@@ -7,6 +7,7 @@ python -m ham_jax.main --mode=eval --workdir=runs/resnet --split=val
 python -m ham_jax.main --mode=eval --workdir=runs/a,runs/b --split=test --output=runs/both
 python -m ham_jax.main --mode=robustness --workdir=runs/resnet
 python -m ham_jax.main --mode=predict --workdir=runs/resnet --images=photographs/
+python -m ham_jax.main --mode=explain --workdir=runs/resnet --split=val
 python -m ham_jax.main --mode=report --workdir=runs/resnet
 python -m ham_jax.main --mode=compare --predictions runs/a/predictions.csv runs/b/predictions.csv
 """
@@ -26,7 +27,10 @@ _CONFIG = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "crossval", "prepare", "eval", "robustness", "predict", "compare", "report"],
+    [
+        *("train", "crossval", "prepare", "eval", "robustness"),
+        *("explain", "report", "compare", "predict"),
+    ],
     "What to do.",
 )
 _WORKDIR = flags.DEFINE_list(
@@ -36,10 +40,13 @@ _WORKDIR = flags.DEFINE_list(
     " between: --mode=eval, robustness and predict average their probabilities.",
 )
 _SPLIT = flags.DEFINE_enum(
-    "split", "val", ["val", "test", "train"], "What --mode=eval and robustness look at."
+    "split", "val", ["val", "test", "train"], "What --mode=eval, robustness and explain look at."
 )
 _IMAGES = flags.DEFINE_string(
-    "images", None, "--mode=predict: a file, a folder, a glob or a CSV with a column 'path'."
+    "images",
+    None,
+    "--mode=predict, and explain for your own: a file, a folder, a glob or a CSV with a column"
+    " 'path'.",
 )
 _OUTPUT = flags.DEFINE_string(
     "output",
@@ -135,6 +142,16 @@ def main(argv: list[str]) -> None:
         output = Path(_OUTPUT.value) if _OUTPUT.value else None
         look = evaluate.run if _MODE.value == "eval" else robustness.run
         look(workdirs, _SPLIT.value, _overrides, mesh, output)
+    elif _MODE.value == "explain":
+        from ham_jax.evaluation import explain
+        from ham_jax.inference import predict
+
+        if _IMAGES.value:
+            paths = predict.find_images(_IMAGES.value)
+            known = predict.find_metadata(_IMAGES.value, len(paths))
+            explain.run_on_photographs(workdir, paths, known, _overrides, mesh)
+        else:
+            explain.run(workdir, _SPLIT.value, _overrides, mesh)
     else:
         from ham_jax.inference import predict
 
@@ -151,7 +168,8 @@ def _flag_faults(predictions: list[str]) -> list[str]:
             f"--mode={mode} needs --config: configs/resnet.py for HAM10000, configs/demo.py for"
             " synthetic lesions that need no data."
         )
-    if mode in (*_EVALUATES, "predict", "report") and not workdirs and not _CONFIG.value:
+    reads = (*_EVALUATES, "predict", "explain", "report")
+    if mode in reads and not workdirs and not _CONFIG.value:
         faults.append(f"--mode={mode} needs --workdir, the folder of a training run.")
     if not all(workdirs):
         faults.append(f"--workdir={','.join(workdirs)} names a folder without a name.")

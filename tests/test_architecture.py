@@ -57,7 +57,7 @@ ONLY_IN = {
     "huggingface_hub": ["models/pretrained.py"],
     "safetensors": ["models/pretrained.py"],
     "PIL": ["data/image.py"],
-    "matplotlib": ["evaluation/figures.py", "evaluation/report.py"],
+    "matplotlib": ["evaluation/explain.py", "evaluation/figures.py", "evaluation/report.py"],
     "jinja2": ["evaluation/report.py"],
     "rich": ["console.py"],
     "tensorboardX": ["training/telemetry.py"],

@@ -153,7 +153,8 @@ def _on_canvas(image: Image.Image, canvas: tuple[int, int]) -> np.ndarray:
     ):
         image = image.transpose(Image.Transpose.ROTATE_90)
     scale = max(height / image.height, width / image.width)
-    box_height, box_width = height / scale, width / scale
+    # Rounded, the box could be wider than the picture by the last digit, which Pillow refuses.
+    box_height, box_width = min(height / scale, image.height), min(width / scale, image.width)
     left, top = (image.width - box_width) / 2, (image.height - box_height) / 2
     box = (left, top, left + box_width, top + box_height)
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))

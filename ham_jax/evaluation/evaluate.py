@@ -20,7 +20,7 @@ from ham_jax.config import InputError
 from ham_jax.data import feed, metadata, preprocess
 from ham_jax.data import prepare as preparation
 from ham_jax.data.ham10000 import Records
-from ham_jax.evaluation import bootstrap, isic, judgement, metrics
+from ham_jax.evaluation import bootstrap, isic, judgement, metrics, ood
 
 Variables = Mapping[str, Any]
 """{'params', 'batch_stats'} as nested dicts"""
@@ -73,6 +73,23 @@ def make_predictor(
         return sum(views[1:], views[0]) / len(views)
 
     return predict
+
+
+def make_extractor(
+    network: models.Network, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+) -> Callable[[Variables, jax.Array], jax.Array]:
+    """Returns the compiled way from canvas pixels to features, of the upright view alone.
+
+    (variables, image uint8 [B, H, W, 3]) -> float32 [B, F] on every process.
+    """
+
+    def features(variables, image):
+        view = preprocess.eval_view(
+            image, config.augment.crop_px, config.eval.crop_scale, config.augment.shades_of_gray
+        )
+        return network.features(variables["params"], variables["batch_stats"], view)
+
+    return jax.jit(features, out_shardings=parallel.replicated(mesh))
 
 
 def evaluate(
@@ -169,6 +186,92 @@ def load(workdir: Path, overrides: list[tuple[str, str]], mesh: jax.sharding.Mes
     return Trained(workdir, config, network, parallel.replicate(mesh, variables), weights, step)
 
 
+def saved_detector(member: Trained, refits: bool = False) -> ood.Detector | None:
+    """Returns the run's out-of-distribution model, or None where it has none for these weights.
+
+    Unless the caller fits it anew, a line says why there is none.
+    """
+    if not member.config.eval.ood:
+        return None
+    path = member.workdir / ood.FILE
+    try:
+        detector = ood.load(path)
+        why = "" if detector else f"there is no {path}"
+    except ValueError as error:
+        detector, why = None, f"{error}"
+    if detector is not None:
+        asked = _fitted_on(member)
+        differs = [key for key in asked if detector.about.get(key) != asked[key]]
+        if differs:
+            detector, why = None, f"{path} was fitted with another {', '.join(differs)}"
+    if why and not refits and parallel.is_main():
+        console.log_line(
+            f"Images unlike those of training are not marked: {why}. --mode=eval --split=val"
+            f" --workdir={member.workdir} makes it."
+        )
+    return detector
+
+
+def _fitted_on(member: Trained) -> dict[str, Any]:
+    """Returns what features depend on and a command line can change."""
+    about = settings(member.config, member.step, member.weights)
+    return {key: about[key] for key in ("step", "weights", "crop_scale")}
+
+
+def ood_scores(
+    member: Trained,
+    data: preparation.Dataset,
+    records: Records,
+    rows: np.ndarray,
+    mesh: jax.sharding.Mesh,
+    may_fit: bool,
+) -> np.ndarray | None:
+    """Returns how far the given rows are from the run's training images: see `ood.Detector.score`.
+
+    Args:
+      member: the run.
+      data: its images.
+      records: of the rows.
+      rows: record numbers.
+      mesh: the devices.
+      may_fit: the rows are the run's validation images. Where it has no out-of-distribution model
+        for its weights, one is fitted and kept in its folder.
+
+    Returns:
+      float64 [n], or None: the run has no such model.
+    """
+    if not member.config.eval.ood:
+        return None
+    detector = saved_detector(member, refits=may_fit)
+    if detector is None and not may_fit:
+        return None
+    extract = make_extractor(member.network, member.config, mesh)
+
+    def features(records: Records, rows: np.ndarray) -> np.ndarray:
+        batches = feed.sequential(records, rows, member.config.eval.batch_size, mesh)
+        parts, done = [], 0
+        with console.progress("Features") as progress:
+            for batch, count in batches:
+                parts.append(np.asarray(extract(member.variables, batch["image"]))[:count])
+                done += count
+                progress(done, len(rows))
+        return np.concatenate(parts)
+
+    of_rows = features(records, rows)
+    if detector is None:
+        train_records, train_rows = data.select("train")
+        labels = train_records.table["label"].to_numpy()[train_rows]
+        about = {**_fitted_on(member), "records": train_records.fingerprint}
+        try:
+            detector = ood.fit(features(train_records, train_rows), labels, of_rows, about)
+        except ValueError as error:
+            console.log_line(f"{member.workdir}: no {ood.FILE}: {error}.")
+            return None
+        if parallel.is_main():
+            detector.save(member.workdir / ood.FILE)
+    return detector.score(of_rows)
+
+
 def load_all(
     workdirs: Sequence[Path], overrides: list[tuple[str, str]], mesh: jax.sharding.Mesh
 ) -> list[Trained]:
@@ -204,16 +307,18 @@ def run(
         raise InputError(
             f"--mode=eval of {len(members)} runs needs --output, the folder to write into."
         )
-    images = [preparation.prepare(member.config).select(split) for member in members]
-    images = aligned(members, images, split)
+    datasets = [preparation.prepare(member.config) for member in members]
+    images = aligned(members, [data.select(split) for data in datasets], split)
     fitted = [None if split == "val" else judgement.read(member.workdir) for member in members]
     own = output is None
     output = output or workdirs[0]
     output.mkdir(parents=True, exist_ok=True)
     if any(member.config.model.metadata for member in members):
         metadata.announce(images[0][0].table)
-    answers, parts, judged = [], [], []
-    for member, (records, rows), calibrated in zip(members, images, fitted, strict=True):
+    answers, parts, judged, scores = [], [], [], []
+    for member, data, (records, rows), calibrated in zip(
+        members, datasets, images, fitted, strict=True
+    ):
         config = member.config
         predict = make_predictor(member.network, config, mesh)
         numbers, probabilities = evaluate(
@@ -235,11 +340,15 @@ def run(
             judged.append(judgement.apply(calibrated[0], config.eval.calibration, probabilities))
         else:
             judged.append(None)
+        may_fit = own and split == "val"
+        scores.append(ood_scores(member, data, records, rows, mesh, may_fit))
         parts.append({"workdir": str(member.workdir)} | alone | about)
     if len(members) > 1:
         about = {"members": parts}
     together = None if None in judged else judgement.mean(judged)
-    return report(output, split, about, *images[0], np.mean(answers, axis=0), together)
+    return report(
+        output, split, about, *images[0], np.mean(answers, axis=0), together, ood.joined(scores)
+    )
 
 
 def settings(config: ml_collections.ConfigDict, step: int, weights: str) -> dict[str, Any]:
@@ -355,6 +464,7 @@ def report(
     rows: np.ndarray,
     probabilities: np.ndarray,
     judged: judgement.Judgement | None,
+    ood_scores: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Prints a table and writes metrics.json, predictions.csv and isic_submission.csv.
 
@@ -367,6 +477,7 @@ def report(
       rows: the images.
       probabilities: float64 [n, 7] of these rows, raw.
       judged: calibrated probabilities and thresholds of the same rows, where there are any.
+      ood_scores: float64 [n] of the same rows, where there is an out-of-distribution model.
 
     Returns:
       What metrics.json holds: the numbers of the raw probabilities, their 95 % intervals from a
@@ -398,13 +509,16 @@ def report(
     }
     if parallel.is_main():
         files.write_json(folder / "metrics.json", numbers)
+        known = table[list(metrics.KNOWN)]
+        if ood_scores is not None:
+            known = known.assign(ood_score=ood_scores)
         metrics.write_predictions(
             folder / "predictions.csv",
             image_ids,
             lesion_ids,
             labels,
             probabilities,
-            table[list(metrics.KNOWN)],
+            known,
         )
         metrics.write_isic_submission(folder / "isic_submission.csv", image_ids, probabilities)
         _print(numbers, folder)

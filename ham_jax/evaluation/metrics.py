@@ -218,9 +218,9 @@ def read_table(path: str | os.PathLike) -> pd.DataFrame:
     """Reads all that `write_predictions` wrote.
 
     Returns:
-      One row an image with the file's columns and those of KNOWN: the seven probabilities and age
-      (years, nan where not known) are float64, all others texts ('' where not known). A file from
-      before there was a column counts as not knowing it.
+      One row an image with the file's columns and those of KNOWN: the seven probabilities, age
+      (years) and ood_score are float64 (nan where not known), all others texts ('' where not
+      known). A file from before there was a column counts as not knowing it.
 
     Raises:
       InputError: the file is missing or not such a file; all faults at once.
@@ -240,15 +240,15 @@ def read_table(path: str | os.PathLike) -> pd.DataFrame:
         try:
             CLASSES.index(row["truth"])
             row |= {name: float(row[name]) for name in CLASSES}
-            row["age"] = float(row.get("age") or "nan")
+            row |= {name: float(row.get(name) or "nan") for name in ("age", "ood_score")}
         except (ValueError, TypeError):  # TypeError: a short row has None
             faults.append(
                 f"{path}, line {line}: truth must be one of {', '.join(CLASSES)}, each"
-                " probability a number, and age a number or empty."
+                " probability a number, age and ood_score a number or empty."
             )
     if faults:
         raise InputError(faults)
-    numbers = dict.fromkeys((*CLASSES, "age"), np.float64)
+    numbers = dict.fromkeys((*CLASSES, "age", "ood_score"), np.float64)
     columns = dict.fromkeys((*header, *KNOWN))
     return pd.DataFrame(
         {

@@ -1,7 +1,7 @@
 """`--mode=predict`: seven probabilities for each photograph of a file, folder, glob or CSV.
 
 With the run's calibration also a malignancy flag and a set of diagnoses, by thresholds that were
-fixed on validation.
+fixed on validation; and with its out-of-distribution model a mark on what is no such photograph.
 """
 
 import csv
@@ -21,7 +21,7 @@ from ham_jax import CLASSES, DISCLAIMER, console, files, parallel
 from ham_jax.config import InputError
 from ham_jax.data import image as image_files
 from ham_jax.data import metadata
-from ham_jax.evaluation import decision, evaluate, judgement
+from ham_jax.evaluation import decision, evaluate, judgement, ood
 
 _PATH_COLUMNS = ("path", "image", "file", "filename", "image_path")
 _METADATA_COLUMNS = {  # what a list may call them
@@ -30,6 +30,7 @@ _METADATA_COLUMNS = {  # what a list may call them
     "localization": ("localization", "site", "anatom_site_general"),
 }
 _DECISIONS = ("malignant", "malignant_flag", "prediction_set")
+_OOD = ("ood_score", "ood")
 _SHOWN_ROWS = 10
 
 
@@ -118,8 +119,9 @@ def run(
       workdirs: one training run, or the members of an ensemble.
       images: see `find_images`.
       output: the CSV: path, prediction, the seven probabilities, malignant (the sum of the three
-        malignant ones), malignant_flag, prediction_set, error, note. Flag and set are empty, as
-        malignant is, where a run has no calibration.
+        malignant ones), malignant_flag, prediction_set, ood_score, ood (whether the photograph is
+        unlike those of training), error, note. Flag and set are empty, as malignant is, where a
+        run has no calibration; the two of ood, where no run has a model of it.
       overrides: (key, text) pairs of the command line.
       mesh: the devices.
 
@@ -142,12 +144,20 @@ def run(
         metadata.announce(table)
         _tell_missing(codes)
     canvases = [tuple(member.config.data.canvas) for member in members]
+    detectors = [evaluate.saved_detector(member) for member in members]
     answers = np.empty((len(members), len(paths), len(CLASSES)))
+    scores = np.empty(answers.shape[:2])
     for canvas in dict.fromkeys(canvases):  # each photograph is decoded once a canvas
         chosen = [n for n, other in enumerate(canvases) if other == canvas]
-        answers[chosen], errors = _classify([members[n] for n in chosen], paths, codes, mesh)
+        answers[chosen], scores[chosen], errors = _classify(
+            [members[n] for n in chosen], [detectors[n] for n in chosen], paths, codes, mesh
+        )
     read = [number for number in range(len(paths)) if number not in errors]
     rows = dict(zip(read, _judged(members, fitted, answers[:, read]), strict=True))
+    joined = ood.joined([s if d else None for s, d in zip(scores, detectors, strict=True)])
+    if joined is not None:
+        for number in read:
+            rows[number] = dataclasses.replace(rows[number], ood_score=float(joined[number]))
     if parallel.is_main():
         _write(output, paths, rows, errors)
         _print(paths, rows, errors, output)
@@ -161,10 +171,17 @@ class _Answer:
     Attributes:
       probabilities: float64 [7].
       decisions: texts of the columns `_DECISIONS`.
+      ood_score: see `ood.Detector.score`; None where no run has such a model.
     """
 
     probabilities: np.ndarray
     decisions: tuple[str, ...]
+    ood_score: float | None = None
+
+    @property
+    def unlike(self) -> bool:
+        """Whether the photograph is unlike those of training."""
+        return self.ood_score is not None and self.ood_score > 1
 
 
 def _calibrations(members: Sequence[evaluate.Trained]) -> list[judgement.Fitted | None]:
@@ -222,30 +239,35 @@ def _judged(
 
 def _classify(
     members: Sequence[evaluate.Trained],
+    detectors: Sequence[ood.Detector | None],
     paths: Sequence[Path],
     codes: np.ndarray | None,
     mesh: jax.sharding.Mesh,
-) -> tuple[np.ndarray, dict[int, str]]:
+) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
     """Returns the answers of members that share a canvas, and the errors by number of path.
 
     Args:
       members: of an ensemble.
+      detectors: the members' out-of-distribution models, as far as they have one.
       paths: of the photographs.
       codes: `metadata.encode`d, a row a path, where a member takes metadata.
       mesh: the devices.
 
     Returns:
-      (probabilities float64 [members, paths, 7], nan where a photograph is unreadable; {number of
-      a path: why it is}).
+      (probabilities float64 [members, paths, 7], nan where a photograph is unreadable;
+      out-of-distribution scores float64 [members, paths], nan there and of members without such a
+      model; {number of a path: why it is unreadable}).
     """
     config = members[0].config
     predictors = [evaluate.make_predictor(m.network, m.config, mesh) for m in members]
+    extractors = [evaluate.make_extractor(m.network, m.config, mesh) for m in members]
     batch_size = config.eval.batch_size
     canvas = tuple(config.data.canvas)
     local = parallel.local_rows(mesh, batch_size)
 
     errors: dict[int, str] = {}
     probabilities = np.full((len(members), len(paths), len(CLASSES)), np.nan)
+    scores = np.full((len(members), len(paths)), np.nan)
     batch = np.zeros((batch_size, *canvas, 3), np.uint8)
     waiting: list[int] = []
 
@@ -259,6 +281,9 @@ def _classify(
             given = {"metadata": beside} if member.config.model.metadata else {}
             answers = np.asarray(predict(member.variables, image, **given))[: len(waiting)]
             probabilities[number, waiting] = evaluate.normalised(answers)
+            if detectors[number] is not None:
+                features = np.asarray(extractors[number](member.variables, image))[: len(waiting)]
+                scores[number, waiting] = detectors[number].score(features)
         waiting.clear()
 
     with console.progress("Predicting") as progress:
@@ -274,7 +299,7 @@ def _classify(
             progress(number + 1, len(paths))
     if waiting:
         flush()
-    return probabilities, errors
+    return probabilities, scores, errors
 
 
 def _from_csv(path: Path) -> list[Path]:
@@ -324,14 +349,18 @@ def _tell_missing(codes: np.ndarray) -> None:
 def _write(output: Path, paths, rows: Mapping[int, _Answer], errors) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "prediction", *CLASSES, *_DECISIONS, "error", "note"])
+    writer.writerow(["path", "prediction", *CLASSES, *_DECISIONS, *_OOD, "error", "note"])
     for number, path in enumerate(paths):
         if number in errors:
-            answer = ["", *[""] * (len(CLASSES) + len(_DECISIONS)), errors[number]]
+            empty = [""] * len((*CLASSES, *_DECISIONS, *_OOD))
+            answer = ["", *empty, errors[number]]
         else:
             row = rows[number].probabilities
             first = CLASSES[row.argmax()]
-            answer = [first, *map(repr, row.tolist()), *rows[number].decisions, ""]
+            marks = ["", ""]
+            if rows[number].ood_score is not None:
+                marks = [repr(rows[number].ood_score), "yes" if rows[number].unlike else "no"]
+            answer = [first, *map(repr, row.tolist()), *rows[number].decisions, *marks, ""]
         writer.writerow([path, *answer, DISCLAIMER])
     files.write_text(output, text.getvalue())
 
@@ -340,7 +369,7 @@ def _print(paths, rows: Mapping[int, _Answer], errors, output: Path) -> None:
     shown = []
     for number, path in enumerate(paths[:_SHOWN_ROWS]):
         if number in errors:
-            shown.append([str(path), "unreadable", errors[number], "", ""])
+            shown.append([str(path), "unreadable", errors[number], "", "", ""])
             continue
         probabilities = rows[number].probabilities
         _, flag, inside = rows[number].decisions
@@ -352,10 +381,17 @@ def _print(paths, rows: Mapping[int, _Answer], errors, output: Path) -> None:
                 f"{CLASSES[second]} {probabilities[second]:.2f}",
                 flag,
                 inside,
+                "unlike training" if rows[number].unlike else "",
             ]
         )
     more = f", the first {_SHOWN_ROWS} shown" if len(paths) > _SHOWN_ROWS else ""
     title = f"{len(paths) - len(errors)} of {len(paths)} photographs read{more}. {DISCLAIMER}"
-    columns = ["photograph", "answer", "next", "malignant?", "set for 90 %"]
+    columns = ["photograph", "answer", "next", "malignant?", "set for 90 %", ""]
     console.print_table(title, columns, shown)
+    num_unlike = sum(row.unlike for row in rows.values())
+    if num_unlike:
+        console.log_line(
+            f"{num_unlike} of {len(rows)} photographs are unlike those of training: do not rely on"
+            " what is said of them."
+        )
     console.print_table("Written", ["", ""], [["probabilities", str(output)]])

@@ -30,11 +30,18 @@ class Network:
         image itself. In training BatchNorm looks at the whole global batch, and dropout and
         stochastic depth, where they are on, need a `key`. metadata: float32 [B, M], for a network
         built with M > 0 of them.
+      features: (params, batch_stats, image) -> float32 [B, F], the backbone's features as the head
+        sees them in evaluation, before metadata.
+      class_maps: (params, batch_stats, image, classes int [B], metadata=None) -> (map, gradient),
+        float32 [B, h, w, K] each: the backbone's last map, whose average over all places becomes
+        the features, and the derivative of the logit of each image's class with respect to it.
     """
 
     name: str
     init: Callable[[int], tuple[Tree, Tree]]
     apply: Callable[..., tuple[jax.Array, Tree]]
+    features: Callable[[Tree, Tree, jax.Array], jax.Array]
+    class_maps: Callable[..., tuple[jax.Array, jax.Array]]
 
 
 def build(config: ml_collections.ConfigDict, num_classes: int, num_metadata: int = 0) -> Network:
@@ -94,6 +101,10 @@ def build(config: ml_collections.ConfigDict, num_classes: int, num_metadata: int
         for train in (True, False)
     }
 
+    def check(metadata: jax.Array | None) -> None:
+        if (metadata is None) != (num_metadata == 0):
+            raise ValueError(f"the network was built for {num_metadata} metadata")
+
     def apply(
         params: Tree,
         batch_stats: Tree,
@@ -104,8 +115,7 @@ def build(config: ml_collections.ConfigDict, num_classes: int, num_metadata: int
     ):
         if train and random and key is None:
             raise ValueError("dropout and stochastic depth need a key in training")
-        if (metadata is None) != (num_metadata == 0):
-            raise ValueError(f"the network was built for {num_metadata} metadata")
+        check(metadata)
         net = nnx.merge(graphs[train], params, batch_stats, copy=True)
         rngs = nnx.Rngs(dropout=key) if train and random else None
         logits = net(image, metadata, rngs)
@@ -113,7 +123,40 @@ def build(config: ml_collections.ConfigDict, num_classes: int, num_metadata: int
             batch_stats = nnx.to_pure_dict(nnx.state(net, nnx.BatchStat))
         return logits, batch_stats
 
-    return Network(config.name, init, apply)
+    def features(params: Tree, batch_stats: Tree, image: jax.Array) -> jax.Array:
+        net = nnx.merge(graphs[False], params, batch_stats, copy=True)
+        return net.backbone(net.normalize(image))
+
+    def class_maps(
+        params: Tree,
+        batch_stats: Tree,
+        image: jax.Array,
+        classes: jax.Array,
+        metadata: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        check(metadata)
+
+        def logits_of_classes(offset):
+            net = nnx.merge(graphs[False], params, batch_stats, copy=True)
+            pool, maps = net.backbone.pool, []
+
+            def tapped(x):
+                maps.append(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+                return pool(maps[0] + offset)
+
+            net.backbone.pool = tapped
+            logits = net(image, metadata)
+            chosen = jnp.take_along_axis(logits, jnp.asarray(classes)[:, None], axis=-1)
+            # In evaluation no image depends on another, so that the sum's derivative is each one's.
+            return chosen.sum(), maps[0]
+
+        _, shape = jax.eval_shape(logits_of_classes, 0.0)
+        gradient, last = jax.grad(logits_of_classes, has_aux=True)(
+            jnp.zeros(shape.shape, shape.dtype)
+        )
+        return last, gradient
+
+    return Network(config.name, init, apply, features, class_maps)
 
 
 def _dtype(name: str) -> jnp.dtype:

@@ -12,6 +12,7 @@ from flax import nnx
 
 from ham_jax.models import drop_path as stochastic_depth
 from ham_jax.models.conv import Conv
+from ham_jax.models.pool import Pool
 
 # blocks and channels of each stage
 SCALES = {
@@ -120,6 +121,7 @@ class ConvNeXt(nnx.Module):
         for number, (num_in, channels) in enumerate(zip((None, *widths), widths, strict=False)):
             setattr(self, f"stage{number + 1}", Stage(num_in, channels, rates[number], **make))
         self.norm = LayerNorm(widths[-1], rngs)
+        self.pool = Pool()
         self.num_features = widths[-1]
 
     def __call__(self, image: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
@@ -127,4 +129,4 @@ class ConvNeXt(nnx.Module):
         x = self.stem(image.astype(self.dtype))
         for number in range(1, 5):
             x = getattr(self, f"stage{number}")(x, rngs)
-        return self.norm(x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2)))
+        return self.norm(self.pool(x))

@@ -9,12 +9,12 @@ are TensorFlow's, as published weights expect. Parameters are named by their pla
 import math
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from ham_jax.models import drop_path as stochastic_depth
 from ham_jax.models.conv import Conv
 from ham_jax.models.norm import Norm
+from ham_jax.models.pool import Pool
 
 # depth, and width of the stages: multipliers. Lite1 and Lite2 are also made for more pixels.
 SCALES = {
@@ -115,6 +115,7 @@ class EfficientNetLite(nnx.Module):
             setattr(self, f"stage{number + 1}", stage)
             num_channels = num_out
         self.top = ConvNorm(num_channels, _HEAD, 1, **make)
+        self.pool = Pool()
         self.num_features = _HEAD
 
     def __call__(self, image: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
@@ -122,8 +123,7 @@ class EfficientNetLite(nnx.Module):
         x = jax.nn.relu6(self.stem(image.astype(self.dtype)))
         for number in range(1, len(_STAGES) + 1):
             x = getattr(self, f"stage{number}")(x, rngs)
-        x = jax.nn.relu6(self.top(x))
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
+        return self.pool(jax.nn.relu6(self.top(x)))
 
 
 def _round_to_8(channels: float) -> int:

@@ -6,12 +6,12 @@ Image Classification, CVPR 2019. Parameters are named by their place: `stem/conv
 """
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from ham_jax.models import conv
 from ham_jax.models import drop_path as stochastic_depth
 from ham_jax.models.norm import Norm
+from ham_jax.models.pool import Pool
 
 DEPTHS = {
     "resnet18": (2, 2, 2, 2),
@@ -167,6 +167,7 @@ class ResNet(nnx.Module):
             )
             setattr(self, f"stage{number + 1}", stage)
             num_channels = stage.num_out
+        self.pool = Pool()
         self.num_features = num_channels
 
     def __call__(self, image: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
@@ -174,4 +175,4 @@ class ResNet(nnx.Module):
         x = self.stem(image.astype(self.dtype))
         for number in range(len(_WIDTHS)):
             x = getattr(self, f"stage{number + 1}")(x, rngs)
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
+        return self.pool(x)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+import pandas as pd
 
 from ham_jax import checkpoints, console, parallel
 from ham_jax.config import InputError
@@ -55,10 +56,9 @@ def train(
         folds.append({key: numbers[key] for key in ("balanced_accuracy", "num_images", "step")})
     parallel.barrier("folds")  # the main process has written the last predictions
     records = preparation.prepare(config).records
+    predictions = [folder / "predictions.csv" for folder in folders]
     probabilities, judged = _joined(
-        [folder / "predictions.csv" for folder in folders],
-        records.table["image_id"].tolist(),
-        config.eval.calibration,
+        predictions, records.table["image_id"].tolist(), config.eval.calibration
     )
     about = {
         "num_folds": num_folds,
@@ -67,7 +67,8 @@ def train(
         "records": records.fingerprint,
     }
     rows = np.arange(len(records.table))
-    return evaluate.report(workdir, "crossval", about, records, rows, probabilities, judged)
+    scores = _ood_scores(predictions, records.table["image_id"])
+    return evaluate.report(workdir, "crossval", about, records, rows, probabilities, judged, scores)
 
 
 def _joined(
@@ -102,3 +103,11 @@ def _joined(
         for _, lesions, labels, rows in read
     ]
     return probabilities, None if None in judged else judgement.join(judged, places)
+
+
+def _ood_scores(files: Sequence[Path], image_ids: Sequence[str]) -> np.ndarray | None:
+    """Returns each image's `ood_score` by the one file that has it; None where a fold has none."""
+    tables = [metrics.read_table(file) for file in files]
+    if not all("ood_score" in table for table in tables):
+        return None
+    return pd.concat(tables).set_index("image_id")["ood_score"].loc[image_ids].to_numpy()

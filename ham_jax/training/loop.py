@@ -131,10 +131,13 @@ def train(
     predict = evaluate.make_predictor(network, config, mesh)
     use_ema = config.optim.ema_decay > 0 and config.eval.weights != "raw"
 
+    def chosen(state):
+        return state["ema"] if use_ema else {k: state[k] for k in ("params", "batch_stats")}
+
     def validate(state):
         numbers, probabilities = evaluate.evaluate(
             predict,
-            state["ema"] if use_ema else {k: state[k] for k in ("params", "batch_stats")},
+            chosen(state),
             val_records,
             val_rows,
             config.eval.batch_size,
@@ -195,7 +198,11 @@ def train(
     about = evaluate.settings(config, best, "ema" if use_ema else "raw")
     about |= {"records": records.fingerprint}
     judged = evaluate.judge_validation(workdir, config, about, val_records, val_rows, probabilities)
-    return evaluate.report(workdir, "val", about, val_records, val_rows, probabilities, judged)
+    trained = evaluate.Trained(workdir, config, network, chosen(state), about["weights"], best)
+    scores = evaluate.ood_scores(trained, data, val_records, val_rows, mesh, may_fit=True)
+    return evaluate.report(
+        workdir, "val", about, val_records, val_rows, probabilities, judged, scores
+    )
 
 
 def _pretrained(

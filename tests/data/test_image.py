@@ -83,6 +83,12 @@ def test_geometry_covers_the_canvas_around_the_centre():
     assert np.abs(image.load(encode(big, "PNG"), (30, 40)).astype(int) - SMOOTH).mean() < 3
 
 
+@pytest.mark.parametrize("size", [(193, 145), (145, 193)])
+def test_a_size_whose_box_rounds_beyond_the_picture_is_read(size):
+    pixels = image.load(encode(np.zeros((*size, 3), np.uint8), "PNG"), (150, 200))
+    assert pixels.shape == (150, 200, 3)
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [

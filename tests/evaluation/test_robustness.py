@@ -21,12 +21,16 @@ class NeverStop:
 def by_color(model_config, num_classes, num_metadata):
     """A network that costs nothing and answers by the mean colour and its spread."""
 
+    def features(params, batch_stats, image):
+        return jax.numpy.concatenate([image.mean((1, 2)), image.std((1, 2))], -1)
+
     def apply(params, batch_stats, image, *_, **__):
-        features = jax.numpy.concatenate([image.mean((1, 2)), image.std((1, 2))], -1)
-        return 20 * features @ params["head"]["kernel"], batch_stats
+        kernel = params["head"]["kernel"]
+        return 20 * features(params, batch_stats, image) @ kernel, batch_stats
 
     kernel = np.random.default_rng(0).normal(0, 1, (6, num_classes)).astype(np.float32)
-    return models.Network("by_color", lambda seed: ({"head": {"kernel": kernel}}, {}), apply)
+    params = {"head": {"kernel": kernel}}
+    return models.Network("by_color", lambda seed: (params, {}), apply, features, None)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import pytest
 from ham_jax import CLASSES, DISCLAIMER, config, parallel
 from ham_jax.config import InputError
 from ham_jax.data import ham10000
+from ham_jax.data import image as image_files
 from ham_jax.evaluation import calibration, decision, evaluate, judgement, metrics
 from ham_jax.inference import predict
 from ham_jax.training import loop
@@ -95,6 +96,68 @@ def test_what_eval_says_of_validation_follows_from_its_predictions(trained):
     about = {key: written[key] for key in ("step", "tta", "crop_scale", "weights", "records")}
     counts = {"num_images": len(ids), "num_lesions": len(set(lesions))}
     assert fitted_on == {"split": "val", **about, **counts}
+
+
+def test_a_picture_that_is_no_lesion_is_marked(trained, tiny_raw, tmp_path, capsys):
+    ids, *_ = metrics.read_predictions(trained / "predictions.csv")
+    lesions = [p for p in sorted(tiny_raw.rglob("*.jpg")) if p.stem in ids]
+    noise = np.random.default_rng(0).integers(0, 256, (4, 24, 32, 3), np.uint8)
+    blank = np.stack([np.full((24, 32, 3), color) for color in (0, 255, (0, 0, 255))])
+    foreign = []
+    for number, pixels in enumerate([*noise, *blank.astype(np.uint8)]):
+        foreign.append(tmp_path / f"foreign{number}.jpg")
+        image_files.save_jpeg(pixels, foreign[-1], 95)
+    (tmp_path / "list.csv").write_text("path\n" + "\n".join(map(str, foreign + lesions)))
+    output = tmp_path / "answers.csv"
+
+    predict.run([trained], str(tmp_path / "list.csv"), output, [], parallel.mesh())
+    rows = answers(output)
+    scores = np.array([float(row["ood_score"]) for row in rows])
+    assert [row["ood"] == "yes" for row in rows] == (scores > 1).tolist()
+    assert (scores[: len(foreign)] > 1).all()
+    # Fitted by the training run: the threshold is that of these lesions.
+    assert 0 < (scores[len(foreign) :] > 1).sum() <= 0.05 * len(lesions)
+    shown = capsys.readouterr()
+    assert "unlike training" in shown.out
+    assert "unlike those of training" in shown.err
+
+    with (trained / "predictions.csv").open(newline="") as file:
+        evaluated = {row["image_id"]: float(row["ood_score"]) for row in csv.DictReader(file)}
+    np.testing.assert_allclose(
+        scores[len(foreign) :], [evaluated[p.stem] for p in lesions], rtol=1e-9
+    )
+
+
+def test_without_its_model_nothing_is_marked_until_validation_makes_it_anew(
+    trained, tiny_raw, tmp_path, capsys
+):
+    workdir, output = tmp_path / "run", tmp_path / "answers.csv"
+    shutil.copytree(trained, workdir)
+    (workdir / "ood.npz").unlink()
+    image = str(next(tiny_raw.rglob("*.jpg")))
+
+    def marks(*overrides):
+        predict.run([workdir], image, output, list(overrides), parallel.mesh())
+        (row,) = answers(output)
+        said = [line for line in capsys.readouterr().err.splitlines() if "not marked" in line]
+        return row["ood_score"], row["ood"], said
+
+    evaluate.run([workdir], "train", [], parallel.mesh())
+    assert not (workdir / "ood.npz").exists()
+    assert "ood_score" not in (workdir / "predictions.csv").read_text()
+    capsys.readouterr()
+    score, mark, said = marks()
+    assert (score, mark, len(said)) == ("", "", 1)
+    assert marks(("eval.ood", "False")) == ("", "", [])
+    evaluate.run([workdir], "val", [], parallel.mesh())
+    predictions = [folder / "predictions.csv" for folder in (workdir, trained)]
+    assert predictions[0].read_bytes() == predictions[1].read_bytes()
+    score, mark, said = marks()
+    assert float(score) > 0
+    assert (mark, said) == ("yes" if float(score) > 1 else "no", [])
+    score, mark, said = marks(("eval.crop_scale", "0.9"))
+    assert (score, mark, len(said)) == ("", "", 1)
+    assert "another crop_scale" in said[0]
 
 
 def test_broken_files_get_a_row_and_the_rest_go_on(trained, tiny_raw, tmp_path, capsys):

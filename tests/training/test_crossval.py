@@ -36,13 +36,16 @@ def linear(model_config, num_classes, num_metadata):
     """A network that costs nothing and compiles at once; its name decides what it looks at."""
     power = 1 if model_config.name == "resnet18" else 3
 
-    def apply(params, batch_stats, image, *_, **__):
+    def features(params, batch_stats, image):
         color = (image**power).mean((1, 2))
-        return (color[:, :2] - color[:, 1:]) @ params["head"]["kernel"], batch_stats
+        return color[:, :2] - color[:, 1:]
+
+    def apply(params, batch_stats, image, *_, **__):
+        return features(params, batch_stats, image) @ params["head"]["kernel"], batch_stats
 
     kernel = np.random.default_rng(0).normal(0, 10, (2, num_classes))
     params = {"head": {"kernel": jnp.asarray(kernel, jnp.float32)}}
-    return models.Network("linear", lambda seed: (params, {}), apply)
+    return models.Network("linear", lambda seed: (params, {}), apply, features, None)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -122,13 +125,23 @@ def other(tiny_raw, prepared, mesh, tmp_path_factory):
     return workdir
 
 
+def ood_scores(path):
+    """Returns the column of a CSV, nan where it is empty."""
+    with path.open(newline="") as file:
+        return np.array([float(row["ood_score"] or "nan") for row in csv.DictReader(file)])
+
+
 def test_each_image_is_judged_once_by_a_network_that_never_saw_its_lesion(folds, tiny_raw):
     ids, _, labels, probabilities = metrics.read_predictions(folds / "predictions.csv")
     assert sorted(ids) == sorted(path.stem for path in tiny_raw.rglob("*.jpg"))
     joined = dict(zip(ids, probabilities.tolist(), strict=True))
+    scores = dict(zip(ids, ood_scores(folds / "predictions.csv"), strict=True))
     for fold in (folds / "fold0", folds / "fold1"):
         in_fold, lesions, _, answers = metrics.read_predictions(fold / "predictions.csv")
         assert answers.tolist() == [joined[image_id] for image_id in in_fold]
+        of_fold = ood_scores(fold / "predictions.csv")
+        assert of_fold.tolist() == [scores[image_id] for image_id in in_fold]
+        assert (of_fold > 1).mean() <= 0.05
         of_fold = config.from_dict(json.loads((fold / "config.json").read_text()))
         records, rows = preparation.prepare(of_fold).select("train")
         trained_on = records.table.iloc[rows]
@@ -210,6 +223,11 @@ def test_an_ensemble_is_the_mean_of_its_members(folds, other, tiny_raw, mesh, tm
     ]
     assert [m["tta"] for m in both["members"]] == [1, 2]
 
+    scores = [ood_scores(tmp_path / n / "predictions.csv") for n in ("fold0", "other")]
+    assert not np.allclose(*scores)
+    together = ood_scores(tmp_path / "both" / "predictions.csv")
+    np.testing.assert_allclose(together, np.mean(scores, axis=0), rtol=1e-12)
+
     # From the files, each member with its own canvas: the same bits.
     paths = {p.stem: p for p in tiny_raw.rglob("*.jpg")}
     broken = tmp_path / "broken.jpg"
@@ -230,6 +248,8 @@ def test_an_ensemble_is_the_mean_of_its_members(folds, other, tiny_raw, mesh, tm
         np.testing.assert_array_equal(
             [[float(row[dx]) for dx in CLASSES] for row in rows], expected
         )
+    np.testing.assert_allclose(ood_scores(output)[1:], together, rtol=1e-9)
+    assert [row["ood"] == "yes" for row in rows] == (together > 1).tolist()
 
 
 def test_a_run_without_calibration_answers_and_eval_makes_one(

@@ -155,7 +155,11 @@ def linear(config, num_classes, num_metadata=0):
     num_features = 3 + num_metadata
     kernel = np.linspace(-1, 1, num_features * num_classes, dtype=np.float32)
     params = {"head": {"kernel": jnp.asarray(kernel.reshape(num_features, num_classes))}}
-    return models.Network("linear", lambda seed: (params, {}), apply)
+
+    def features(params, batch_stats, image):
+        return image.mean((1, 2))
+
+    return models.Network("linear", lambda seed: (params, {}), apply, features, None)
 
 
 @pytest.mark.parametrize("with_metadata", [False, True])

@@ -37,7 +37,7 @@ def network_of(logits):
     def apply(params, batch_stats, image, train, key=None, metadata=None):
         return logits(params["kernel"], image, key, metadata), batch_stats
 
-    return models.Network("small", lambda seed: ({"kernel": jnp.ones(())}, {}), apply)
+    return models.Network("small", lambda seed: ({"kernel": jnp.ones(())}, {}), apply, None, None)
 
 
 def test_normalisation_survives_steps_and_average_to_the_last_bit(monkeypatch):
