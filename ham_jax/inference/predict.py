@@ -381,12 +381,12 @@ def _print(paths, rows: Mapping[int, _Answer], errors, output: Path) -> None:
                 f"{CLASSES[second]} {probabilities[second]:.2f}",
                 flag,
                 inside,
-                "unlike training" if rows[number].unlike else "",
+                "no" if rows[number].unlike else "",
             ]
         )
     more = f", the first {_SHOWN_ROWS} shown" if len(paths) > _SHOWN_ROWS else ""
     title = f"{len(paths) - len(errors)} of {len(paths)} photographs read{more}. {DISCLAIMER}"
-    columns = ["photograph", "answer", "next", "malignant?", "set for 90 %", ""]
+    columns = ["photograph", "answer", "next", "malignant?", "set for 90 %", "like training?"]
     console.print_table(title, columns, shown)
     num_unlike = sum(row.unlike for row in rows.values())
     if num_unlike:

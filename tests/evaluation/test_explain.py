@@ -189,6 +189,7 @@ def trained(tiny_records, tmp_path_factory):
     c.augment.crop_px = 16
     c.optim.learning_rate = 0.5
     c.train.batch_size = 8
+    c.optim.warmup = {"steps": 0}
     c.train.duration = {"steps": 4}
     c.log.tensorboard = False
     c.eval.ood = False
