@@ -1,7 +1,8 @@
 """`--mode=explain`: where a network looked, on the images whose answers are worth looking at.
 
 Which images is a pure function of predictions.csv. A map shows which places spoke for an answer,
-not whether they were right to; it is no evidence that the answer is.
+not whether they were right to; it is no evidence that the answer is. Answers and probabilities
+here are the network's own, before calibration.
 """
 
 import io
