@@ -17,9 +17,11 @@ Loss = Callable[[jax.Array, jax.Array], jax.Array]
 def make_loss(config: ml_collections.ConfigDict, class_counts: np.ndarray) -> Loss:
     """Returns the loss that the section `loss` describes.
 
-    Targets are smoothed first: (1 - s) target + s / C. Every loss is a sum over the classes, so
-    that mixed and smoothed targets need no special case. `balanced_sampling` is the plain loss,
-    since the feed draws the classes evenly.
+    Targets are smoothed first: (1 - s) target + s / C. With `logit_adjusted` the share s is spread
+    by the classes' frequencies instead: it adds the prior to what is learnt, and the same for all
+    would make the bare logits of each image favour the rare classes. Every loss is a sum over the
+    classes, so that mixed and smoothed targets need no special case. `balanced_sampling` is the
+    plain loss, since the feed draws the classes evenly.
 
     Args:
       config: the section `loss`.
@@ -29,11 +31,13 @@ def make_loss(config: ml_collections.ConfigDict, class_counts: np.ndarray) -> Lo
       InputError: a class has no image, and the loss weighs by class frequencies.
     """
     counts = np.asarray(class_counts, np.float64)
+    spread = np.full(len(counts), 1 / len(counts))
     if config.imbalance == "focal":
         per_class = focal(config.focal_gamma)
     elif config.imbalance == "logit_adjusted":
         _refuse_empty(counts, config.imbalance)
-        per_class = logit_adjusted(config.logit_tau, counts / counts.sum())
+        spread = counts / counts.sum()
+        per_class = logit_adjusted(config.logit_tau, spread)
     elif config.imbalance in ("none", "balanced_sampling"):
         per_class = cross_entropy
     else:
@@ -42,7 +46,7 @@ def make_loss(config: ml_collections.ConfigDict, class_counts: np.ndarray) -> Lo
 
     def loss(logits: jax.Array, target: jax.Array) -> jax.Array:
         smoothing = config.label_smoothing
-        target = (1 - smoothing) * target + smoothing / target.shape[-1]
+        target = (1 - smoothing) * target + (smoothing * spread).astype(np.float32)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         return (target * per_class(logits)).sum(-1)
 

@@ -54,10 +54,20 @@ def test_formula(imbalance, smoothing, batch):
         imbalance, label_smoothing=smoothing, focal_gamma=1.5, effective_beta=0.99, logit_tau=0.7
     )
     loss = jax.jit(loss)(logits, np.float32(target))
-    smooth = target * (1 - smoothing) + smoothing / 7
+    spread = PRIOR if imbalance == "logit_adjusted" else np.full(7, 1 / 7)
+    smooth = target * (1 - smoothing) + smoothing * spread
     expected = (smooth * ORACLES[imbalance](logits)).sum(1)
     assert loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_logit_adjustment_favours_no_class_where_the_image_says_nothing(smoothing):
+    target = jnp.repeat(jnp.eye(7), COUNTS, axis=0)
+    loss = make("logit_adjusted", label_smoothing=smoothing)
+    alike = jnp.zeros(7)
+    gradient = jax.grad(lambda z: loss(jnp.broadcast_to(z, target.shape), target).mean())(alike)
+    np.testing.assert_allclose(gradient, 0, atol=1e-6)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
