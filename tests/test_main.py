@@ -39,7 +39,10 @@ def test_overrides_are_taken_out_of_the_command_line():
     [
         ([], ["--mode=train needs --config"]),
         (["--cofig=x"], ["Did you mean: config"]),
-        (["--mode=evaluate"], ["train|crossval|prepare|eval|robustness|predict|compare|report"]),
+        (
+            ["--mode=evaluate"],
+            ["train|crossval|prepare|eval|robustness|explain|report|compare|predict"],
+        ),
         (["stray", "--config={root}/configs/demo.py"], ["'stray': every argument must be"]),
         (["--config=nowhere.py"], ["there is no file nowhere.py"]),
         (["--config={root}/configs/resnet.py:19"], ["18, 34, 50 or 101"]),

@@ -317,8 +317,6 @@ def _read_predictions(path: Path) -> pd.DataFrame:
         raise ValueError("seven probabilities do not sum to 1 in each line")
     if repeated := table["image_id"][table["image_id"].duplicated()].tolist():
         raise ValueError(f"{len(repeated)} images are in it twice, such as {repeated[0]!r}")
-    if "ood_score" in table:
-        table["ood_score"] = table["ood_score"].replace("", "nan").astype(float)
     return table
 
 

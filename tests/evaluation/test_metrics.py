@@ -191,13 +191,13 @@ def test_what_else_is_known_comes_back_and_older_files_know_nothing(tmp_path):
     np.testing.assert_array_equal(table[list(CLASSES)], np.eye(7)[[1, 0]])
     np.testing.assert_array_equal(table["age"], [np.nan, 35])
     texts = table[["sex", "localization", "dx_type", "ood_score"]].to_numpy().tolist()
-    assert texts == [["", "face, left", "", "1.5"], ["female", "lower extremity", "histo", "0.25"]]
+    assert texts == [["", "face, left", "", 1.5], ["female", "lower extremity", "histo", 0.25]]
     assert [list(part) for part in metrics.read_predictions(path)[:3]] == [
         *(["a", "b"], ["L1", "L2"], [5, 4])
     ]
 
     path.write_text(path.read_text().replace("35.0", "young"))
-    with pytest.raises(InputError, match=r"line 3: .* age a number or empty"):
+    with pytest.raises(InputError, match=r"line 3: .* age and ood_score a number or empty"):
         metrics.read_table(path)
     metrics.write_predictions(path, *given)
     table = metrics.read_table(path)
