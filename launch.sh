@@ -217,7 +217,8 @@ case "${1:-}" in
     cd "$root"
     "$venv/bin/ruff" check .
     "$venv/bin/ruff" format --check .
-    JAX_PLATFORMS=cpu exec "$venv/bin/python" -m pytest "$@"
+    # By file: tests of a file share what they trained. `-n 0` runs them in one process.
+    JAX_PLATFORMS=cpu exec "$venv/bin/python" -m pytest -n 2 --dist loadfile "$@"
     ;;
   "")
     set_up
