@@ -56,6 +56,8 @@ RANGES = {
     "model.metadata_dropout": (0, 0.99),
     "augment.crop_px": (16, 1024),
     "augment.strength": (0, 2),
+    "augment.rotation": (0, 180),
+    "augment.shear": (0, 1),
     "augment.color": (0, 1),
     "augment.cutout": (0, 0.75),
     "augment.mixup": (0, math.inf),
@@ -148,10 +150,13 @@ def base() -> ml_collections.ConfigDict:
 
     c.augment = augment = ml_collections.ConfigDict()
     augment.crop_px = 128  # side of the square that the network sees, in training and evaluation
-    augment.strength = 1.0  # one dial: scales crop range, colour and cutout; 0 turns them off
+    # One dial: scales crop range, turns, shears, colour and cutout; 0 turns them off.
+    augment.strength = 1.0
     augment.crop_scale = (0.4, 1.0)  # area of a random crop, share of the canvas
     augment.crop_ratio = (0.75, 4 / 3)  # width to height of a random crop
     augment.dihedral = True  # the eight flips and quarter turns, in training
+    augment.rotation = 0.0  # free turns within +- rotation degrees, beside the dihedral ones
+    augment.shear = 0.0  # within +- shear columns a row
     augment.color = 0.2  # brightness, contrast and saturation within 1 +- color; hue color / 4
     augment.cutout = 0.0  # side of the grey square, share of crop_px; 0: off
     augment.mixup = 0.0  # alpha of Beta(alpha, alpha); 0: off

@@ -6,14 +6,16 @@ key of its own, so that switching one transform off leaves the others' draws as 
 Images are float32 in [0, 1], RGB, [B, s, s, 3]; targets are probabilities, [B, C].
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import ml_collections
 
 from ham_jax.data import preprocess
 
-NUM_DRAWS = 7  # the keys fold_in(key, 0 to 6) are taken
-_CROP, _DIHEDRAL, _COLOR, _CUTOUT, _CHOICE, _MIXUP, _CUTMIX = range(NUM_DRAWS)
+NUM_DRAWS = 8  # the keys fold_in(key, 0 to 7) are taken
+_CROP, _DIHEDRAL, _COLOR, _CUTOUT, _CHOICE, _MIXUP, _CUTMIX, _WARP = range(NUM_DRAWS)
 
 
 def augment(
@@ -28,8 +30,8 @@ def augment(
 
     Where images are mixed, so is what belongs to them, by the same shares.
 
-    `strength` scales the range of the crops' areas, the colour changes and the cutout; at 0 each
-    image is the central square that evaluation sees, flipped and turned.
+    `strength` scales the range of the crops' areas, turns, shears, colour changes and the cutout;
+    at 0 each image is the central square that evaluation sees, flipped and turned by quarters.
 
     Args:
       key: of this step.
@@ -60,6 +62,16 @@ def augment(
         view = preprocess.resample_dihedral(image, boxes, k, config.crop_px)
     else:
         view = preprocess.resample(image, boxes, config.crop_px)
+    if config.strength and (config.rotation or config.shear):
+        view = warp(
+            view,
+            draw_warp(
+                keys[_WARP],
+                batch_size,
+                math.radians(config.rotation) * config.strength,
+                config.shear * config.strength,
+            ),
+        )
     view = preprocess.shades_of_gray(view, config.shades_of_gray)
     reach = min(config.color * config.strength, 0.9)
     if reach:
@@ -125,6 +137,37 @@ def draw_boxes(
     top = draws[2] * (height - box_height)
     left = draws[3] * (width - box_width)
     return jnp.stack([top, left, box_height, box_width], -1)
+
+
+def draw_warp(key: jax.Array, batch_size: int, rotation: float, shear: float) -> jax.Array:
+    """Draws a turn and a shear about the middle, from output to input places, [B, 2, 2].
+
+    Angles are uniform within +- rotation (radians), the shear (columns a row) within +- shear.
+    """
+    angle, slope = jax.random.uniform(key, (2, batch_size), minval=-1.0, maxval=1.0)
+    cos, sin = jnp.cos(angle * rotation), jnp.sin(angle * rotation)
+    slope = slope * shear
+    rows = [jnp.stack([cos, -sin], -1), jnp.stack([sin + slope * cos, cos - slope * sin], -1)]
+    return jnp.stack(rows, 1)
+
+
+def warp(image: jax.Array, matrix: jax.Array) -> jax.Array:
+    """Maps each image about its middle, bilinear, mirrored at the edges.
+
+    Args:
+      image: [B, s, s, 3].
+      matrix: (row, column) of an output place, from the middle -> that of the input, [B, 2, 2].
+    """
+    middle = (image.shape[1] - 1) / 2
+    place = jnp.arange(image.shape[1]) - middle
+    # Not a matrix product, which GPUs and TPUs round to a few bits: these are pixels.
+    down, across = matrix[..., 0, None, None], matrix[..., 1, None, None]
+    source = down * place[:, None] + across * place + middle  # [B, 2, s, s]
+
+    def channel(pixels, place):
+        return jax.scipy.ndimage.map_coordinates(pixels, list(place), 1, "mirror")
+
+    return jax.vmap(jax.vmap(channel, (2, None), 2))(image, source)
 
 
 def draw_color(key: jax.Array, batch_size: int, reach: float) -> tuple[jax.Array, ...]:

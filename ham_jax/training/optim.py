@@ -97,6 +97,15 @@ def make(
     return optimizer
 
 
+def detach_frozen(config: ml_collections.ConfigDict, params: Tree) -> Tree:
+    """Returns the parameters, of which frozen ones get gradients of zero that cost nothing."""
+    if not config.freeze:
+        return params
+    return _by_path(lambda name, x: jax.lax.stop_gradient(x) if _is_frozen(config, name) else x)(
+        params
+    )
+
+
 def paths(params: Tree) -> list[str]:
     """Returns the path of each parameter, in the order of `jax.tree.leaves`."""
     return jax.tree.leaves(_by_path(lambda name, _: name)(params))

@@ -93,6 +93,7 @@ def make_train_step(
 
     def part_gradient(params, batch_stats, image, target, metadata, key, batch_size):
         def summed(params):
+            params = optim.detach_frozen(config.optim, params)
             logits, new_stats = network.apply(
                 params, batch_stats, image, train=True, key=key, metadata=metadata
             )

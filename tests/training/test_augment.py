@@ -55,7 +55,7 @@ def test_strength_stretches_the_crop_range():
 
 
 def test_strength_zero_is_the_view_of_evaluation():
-    view, target = run(strength=0.0, dihedral=False, color=0.5, cutout=0.5)
+    view, target = run(strength=0.0, dihedral=False, rotation=45.0, color=0.5, cutout=0.5)
     expected = preprocess.eval_view(jnp.asarray(IMAGES), 24, 1.0, 0.0)
     np.testing.assert_allclose(view, expected, atol=1e-6)
     np.testing.assert_array_equal(target, np.eye(7)[LABELS])
@@ -89,6 +89,29 @@ def test_color_changes_are_the_textbook_ones():
     turned, pixel = change(hue=one * 0.2)[0, 0, 0], image[0, 0, 0]
     hue = [colorsys.rgb_to_hsv(*p)[0] for p in (turned, pixel)]
     assert 0.01 < (hue[0] - hue[1]) % 1 < 0.06  # 0.2 radians are 0.032 turns
+
+
+def test_warp_turns_and_shears_about_the_middle():
+    image = RNG.uniform(size=(2, 9, 9, 3)).astype(np.float32)
+    quarter = np.array([[0.0, -1.0], [1.0, 0.0]], np.float32)
+    shear = np.array([[1.0, 0.0], [1.0, 1.0]], np.float32)  # column + 1 a row below the middle
+    turned, sheared = np.asarray(augment.warp(jnp.asarray(image), jnp.stack([quarter, shear])))
+    np.testing.assert_allclose(turned, np.rot90(image[0], -1), atol=1e-6)
+    np.testing.assert_allclose(sheared[4], image[1, 4], atol=1e-6)
+    np.testing.assert_allclose(sheared[6, :7], image[1, 6, 2:], atol=1e-6)
+    np.testing.assert_allclose(sheared[6, 7:], image[1, 6, [7, 6]], atol=1e-6)  # mirrored
+
+
+def test_drawn_warps_are_turns_and_shears_within_their_ranges():
+    turn = np.asarray(augment.draw_warp(jax.random.key(0), 500, 0.5, 0.0))
+    np.testing.assert_allclose(
+        turn @ turn.swapaxes(1, 2), np.eye(2)[None].repeat(500, 0), atol=1e-6
+    )
+    angle = np.arctan2(turn[:, 1, 0], turn[:, 0, 0])
+    assert 0.45 < angle.max() <= 0.5
+    assert -0.5 <= angle.min() < -0.45
+    slope = np.asarray(augment.draw_warp(jax.random.key(0), 500, 0.0, 0.2))[:, 1, 0]
+    assert 0.18 < np.abs(slope).max() <= 0.2
 
 
 def test_cutout_paints_a_square_of_grey():
@@ -135,7 +158,7 @@ def test_metadata_mixes_as_the_targets_do_and_changes_nothing_else(mixing):
 
 
 def test_one_and_eight_devices_see_the_same_views():
-    c = settings(mixup=0.4, cutout=0.2, shades_of_gray=6.0)
+    c = settings(mixup=0.4, rotation=45.0, shear=0.1, cutout=0.2, shades_of_gray=6.0)
     mesh = parallel.mesh()
     assert mesh.devices.size == 8
     function = jax.jit(lambda k, i, t: augment.augment(k, i, t, c, 7))
