@@ -17,11 +17,12 @@ Loss = Callable[[jax.Array, jax.Array], jax.Array]
 def make_loss(config: ml_collections.ConfigDict, class_counts: np.ndarray) -> Loss:
     """Returns the loss that the section `loss` describes.
 
-    Targets are smoothed first: (1 - s) target + s / C. With `logit_adjusted` the share s is spread
-    by the classes' frequencies instead: it adds the prior to what is learnt, and the same for all
-    would make the bare logits of each image favour the rare classes. Every loss is a sum over the
-    classes, so that mixed and smoothed targets need no special case. `balanced_sampling` is the
-    plain loss, since the feed draws the classes evenly.
+    Targets are smoothed first: (1 - s) target + s spread, where the classes' spread is even except
+    for the losses that favour rare classes. There an even one would be favoured likewise, and the
+    outputs for every image drawn to the rare classes; so `logit_adjusted` spreads by
+    prior^logit_tau and the weighted losses by 1 / weight, each scaled to a sum of 1. Every loss is
+    a sum over the classes, so that mixed and smoothed targets need no special case.
+    `balanced_sampling` is the plain loss, since the feed draws the classes evenly.
 
     Args:
       config: the section `loss`.
@@ -31,18 +32,22 @@ def make_loss(config: ml_collections.ConfigDict, class_counts: np.ndarray) -> Lo
       InputError: a class has no image, and the loss weighs by class frequencies.
     """
     counts = np.asarray(class_counts, np.float64)
-    spread = np.full(len(counts), 1 / len(counts))
+    spread = np.ones(len(counts))
     if config.imbalance == "focal":
         per_class = focal(config.focal_gamma)
     elif config.imbalance == "logit_adjusted":
         _refuse_empty(counts, config.imbalance)
-        spread = counts / counts.sum()
-        per_class = logit_adjusted(config.logit_tau, spread)
+        prior = counts / counts.sum()
+        spread = prior**config.logit_tau
+        per_class = logit_adjusted(config.logit_tau, prior)
     elif config.imbalance in ("none", "balanced_sampling"):
         per_class = cross_entropy
     else:
         _refuse_empty(counts, config.imbalance)
-        per_class = weighted(class_weights(config.imbalance, counts, config.effective_beta))
+        weights = class_weights(config.imbalance, counts, config.effective_beta)
+        spread = 1 / weights
+        per_class = weighted(weights)
+    spread = spread / spread.sum()
 
     def loss(logits: jax.Array, target: jax.Array) -> jax.Array:
         smoothing = config.label_smoothing

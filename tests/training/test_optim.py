@@ -139,6 +139,19 @@ def test_frozen_parameters_keep_their_bits_and_the_state_survives_orbax(name, pa
     jax.tree.map(np.testing.assert_array_equal, restored["opt_state"], state)
 
 
+def test_frozen_parameters_get_no_gradient_and_the_others_their_own(params):
+    c = section(freeze=("^stem", "bias$"))
+
+    def product(p):
+        return p["stem"]["conv"]["kernel"].sum() * p["head"]["kernel"].sum()
+
+    plain = jax.grad(product)(params)
+    detached = jax.grad(lambda p: product(optim.detach_frozen(c, p)))(params)
+    assert_same_bits(detached["head"]["kernel"], plain["head"]["kernel"])
+    assert (plain["stem"]["conv"]["kernel"] != 0).all()
+    assert (detached["stem"]["conv"]["kernel"] == 0).all()
+
+
 def test_the_first_matching_lr_scale_counts(params):
     plain, _ = run(section(), params)
     c = section(lr_scale=(("^stem/norm", 0.5), ("^stem", 0.25)), freeze=("depthwise",))
