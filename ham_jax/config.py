@@ -150,6 +150,8 @@ def base() -> ml_collections.ConfigDict:
 
     c.augment = augment = ml_collections.ConfigDict()
     augment.crop_px = 128  # side of the square that the network sees, in training and evaluation
+    # ((share of the run, px), ...): smaller squares up to then, crop_px after the last.
+    augment.progressive = ()
     # One dial: scales crop range, turns, shears, colour and cutout; 0 turns them off.
     augment.strength = 1.0
     augment.crop_scale = (0.4, 1.0)  # area of a random crop, share of the canvas
@@ -373,11 +375,18 @@ def validate(config: ml_collections.ConfigDict, num_devices: int = 1) -> None:
         faults.append(
             f"augment.crop_scale = {config.augment.crop_scale!r} is a share: 1 at the most."
         )
-    if config.model.name.startswith("convnext") and config.augment.crop_px < 32:
-        faults.append(
-            f"augment.crop_px = {config.augment.crop_px} leaves {config.model.name} no pixel: it"
-            " takes the side down to a 32nd; set 32 or more."
-        )
+    progressive = _progressive_faults(config.augment.progressive)
+    faults += progressive
+    sides = [("augment.crop_px", config.augment.crop_px)]
+    if not progressive:
+        sides += [("augment.progressive", px) for _, px in config.augment.progressive]
+    if config.model.name.startswith("convnext"):
+        faults += [
+            f"{key} = {px} leaves {config.model.name} no pixel: it takes the side down to a 32nd;"
+            " set 32 or more."
+            for key, px in sides
+            if px < 32
+        ]
     if config.train.steps_per_dispatch > 1 and config.data.feed == "stream":
         faults.append(
             f"train.steps_per_dispatch = {config.train.steps_per_dispatch} needs data.feed ="
@@ -529,6 +538,27 @@ def _batch_faults(config, num_devices: int) -> list[str]:
             f"eval.batch_size = {config.eval.batch_size} cannot be divided over {num_devices}"
             f" device(s); {near} can."
         )
+    return faults
+
+
+def _progressive_faults(sizes) -> list[str]:
+    low, high = RANGES["augment.crop_px"]
+    faults = [
+        f"augment.progressive: {entry!r} must be (share of the run between 0 and 1, whole pixels"
+        f" from {low} to {high})."
+        for entry in sizes
+        if not (
+            isinstance(entry, tuple)
+            and len(entry) == 2
+            and type(entry[0]) is float
+            and 0 < entry[0] < 1
+            and type(entry[1]) is int
+            and low <= entry[1] <= high
+        )
+    ]
+    shares = [] if faults else [share for share, _ in sizes]
+    if any(b <= a for a, b in itertools.pairwise(shares)):
+        faults.append(f"augment.progressive = {sizes!r}: the shares must increase.")
     return faults
 
 

@@ -107,6 +107,24 @@ def test_any_text_for_any_key_is_set_or_refused_never_a_crash(key, text):
     assert all(key.split(".")[-1] in fault or key in fault for fault in faults)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        ((0.5, 128), "0.5 must be"),
+        (((1.0, 128),), "between 0 and 1"),
+        (((0.5, 8),), "from 16"),
+        (((0.5, 128), (0.5, 160)), "must increase"),
+    ],
+)
+def test_growing_crops_are_pairs_of_increasing_shares(sizes, says):
+    c = configuration.base()
+    c.augment.progressive = sizes
+    assert any("augment.progressive" in fault and says in fault for fault in faults_of(c))
+    c.model.name, c.augment.progressive = "convnext_atto", ((0.5, 16),)
+    (fault,) = faults_of(c)
+    assert "augment.progressive = 16 leaves" in fault
+
+
 def test_only_keys_that_change_the_numbers_make_it_another_run():
     a, b = configuration.base(), configuration.base()
     b.data.dir, b.data.feed, b.log.every_steps, b.eval.tta = "elsewhere", "stream", 1, 8

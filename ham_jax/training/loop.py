@@ -37,25 +37,37 @@ class Preempted(Exception):  # noqa: N818 - not an error: the run was asked to s
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run in steps; `eval_every` and `save_every` need not be whole."""
+    """A run in steps; `eval_every` and `save_every` need not be whole.
+
+    `sizes` are (first step, side of its crops in pixels), the first one from step 0 on.
+    """
 
     steps_per_epoch: float
     num_steps: int
     warmup_steps: int
     eval_every: float
     save_every: float
+    sizes: tuple[tuple[int, int], ...]
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict, num_images: int) -> "Plan":
         """Returns the plan for a training split of `num_images`."""
         per_epoch = num_images / config.train.batch_size
+        num_steps = configuration.num_steps(config.train.duration, per_epoch)
+        shares, sides = zip(*config.augment.progressive, (1.0, config.augment.crop_px), strict=True)
+        starts = [round(share * num_steps) for share in (0.0, *shares[:-1])]
         return cls(
             per_epoch,
-            configuration.num_steps(config.train.duration, per_epoch),
+            num_steps,
             configuration.num_steps(config.optim.warmup, per_epoch),
             _in_steps(config.eval.every, per_epoch),
             _in_steps(config.checkpoint.every, per_epoch),
+            tuple(zip(starts, sides, strict=True)),
         )
+
+    def crop_px(self, step: int) -> int:
+        """Returns the side of the crops of a step, which counts from 0."""
+        return [px for start, px in self.sizes if start <= step][-1]
 
     def evaluates(self, done: int) -> bool:
         """Returns whether validation follows after `done` steps."""
@@ -72,7 +84,8 @@ class Plan:
         """
         last = step + most
         whole = step % most == 0 and last <= self.num_steps
-        return most if whole and not any(map(self.saves, range(step + 1, last))) else 1
+        alike = self.crop_px(step) == self.crop_px(last - 1)
+        return most if whole and alike and not any(map(self.saves, range(step + 1, last))) else 1
 
 
 def _in_steps(duration, steps_per_epoch: float) -> float:
@@ -127,7 +140,14 @@ def train(
     params = jax.eval_shape(lambda: network.init(config.seed)[0])
     optimizer = optim.make(config.optim, schedule, params)
     loss = losses.make_loss(config.loss, np.bincount(labels, minlength=len(CLASSES)))
-    train_step = step.make_train_step(network, optimizer, loss, config, mesh)
+
+    @functools.cache
+    def train_step(crop_px: int):
+        """Returns the compiled step for crops of this size."""
+        sized = config.copy_and_resolve_references()
+        sized.augment.crop_px = crop_px
+        return step.make_train_step(network, optimizer, loss, sized, mesh)
+
     predict = evaluate.make_predictor(network, config, mesh)
     use_ema = config.optim.ema_decay > 0 and config.eval.weights != "raw"
 
@@ -235,9 +255,12 @@ def _most_together(config: ml_collections.ConfigDict, feed: str) -> int:
 
 
 def _peak_images_per_s(train_step, state, config, canvas, mesh) -> float | None:
-    """Returns images/s if every device did nothing but bfloat16 products at its peak."""
+    """Returns images/s if every device did nothing but bfloat16 products at its peak.
+
+    None where that is not known or, as the crops grow, not one number.
+    """
     peak = telemetry.peak_flops(mesh.devices.flat[0].device_kind)
-    if peak is None or config.model.dtype == "float32":
+    if peak is None or config.model.dtype == "float32" or config.augment.progressive:
         return None
     size = config.train.batch_size
     batch = {
@@ -246,7 +269,8 @@ def _peak_images_per_s(train_step, state, config, canvas, mesh) -> float | None:
     }
     if config.model.metadata:
         batch["metadata"] = jax.ShapeDtypeStruct((size, metadata.NUM_METADATA), np.float32)
-    return mesh.devices.size * peak / step.flop_per_image(train_step, state, batch)
+    take = train_step(config.augment.crop_px)
+    return mesh.devices.size * peak / step.flop_per_image(take, state, batch)
 
 
 def _steps(
@@ -289,7 +313,7 @@ def _steps(
         log.profile(before)
         with log.waiting():
             batch = next(batches)
-        state, scalars = train_step(state, batch)
+        state, scalars = train_step(plan.crop_px(before))(state, batch)
         unlogged.append(scalars)
         ahead.append(scalars["loss"])
         if len(ahead) > _AHEAD:

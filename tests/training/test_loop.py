@@ -131,7 +131,7 @@ def test_resume_is_bit_exact_and_so_are_both_feeds(tiny, one_device, tmp_path):
 
 @pytest.mark.parametrize(("num_steps", "every", "most"), [(20, 6.5, 4), (20, 20, 8), (7, 3, 1)])
 def test_steps_taken_together_end_where_something_follows(num_steps, every, most):
-    plan = loop.Plan(10.0, num_steps, 0, every, every)
+    plan = loop.Plan(10.0, num_steps, 0, every, every, ((0, 16), (5, 24), (13, 32)))
     step, groups = 0, []
     while step < num_steps:
         groups.append(range(step, step + plan.together(step, most)))
@@ -141,6 +141,15 @@ def test_steps_taken_together_end_where_something_follows(num_steps, every, most
     for group in groups:
         assert len(group) in (1, most)
         assert not any(plan.saves(done) for done in range(group.start + 1, group.stop))
+        assert len({plan.crop_px(step) for step in group}) == 1
+
+
+def test_crops_grow_at_the_shares_of_the_run(tiny):
+    tiny.train.duration = {"steps": 10}
+    assert loop.Plan.of(tiny, 80).sizes == ((0, 16),)
+    tiny.augment.crop_px, tiny.augment.progressive = 32, ((0.3, 16), (0.5, 24))
+    plan = loop.Plan.of(tiny, 80)
+    assert [plan.crop_px(step) for step in range(10)] == [16] * 3 + [24] * 2 + [32] * 5
 
 
 def linear(config, num_classes, num_metadata=0):
@@ -168,6 +177,7 @@ def test_steps_taken_together_are_the_same_steps(
 ):
     monkeypatch.setattr(models, "build", linear)
     tiny.model.metadata = with_metadata
+    tiny.augment.crop_px, tiny.augment.progressive = 24, ((0.8, 16),)
     tiny.checkpoint.every = tiny.eval.every = {"steps": 5}
     one, three = tmp_path / "one", tmp_path / "three"
     loop.train(tiny, one, one_device, StopAfter())
