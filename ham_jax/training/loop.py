@@ -154,8 +154,10 @@ def train(
     def chosen(state):
         return state["ema"] if use_ema else {k: state[k] for k in ("params", "batch_stats")}
 
+    validated: dict[int, np.ndarray] = {}  # step -> probabilities, of this process's life
+
     def validate(state):
-        numbers, probabilities = evaluate.evaluate(
+        numbers, validated[int(state["step"])] = evaluate.evaluate(
             predict,
             chosen(state),
             val_records,
@@ -164,7 +166,7 @@ def train(
             mesh,
             config.model.metadata,
         )
-        return numbers, probabilities
+        return numbers
 
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoints.write_run_config(workdir, config)
@@ -214,14 +216,17 @@ def train(
         best = saved.best()
         if best != int(state["step"]):
             state, _ = saved.restore(best, state, mesh)
-    _, probabilities = validate(state)
+    if best not in validated:  # a run taken up again after its best evaluation
+        validate(state)
     about = evaluate.settings(config, best, "ema" if use_ema else "raw")
     about |= {"records": records.fingerprint}
-    judged = evaluate.judge_validation(workdir, config, about, val_records, val_rows, probabilities)
+    judged = evaluate.judge_validation(
+        workdir, config, about, val_records, val_rows, validated[best]
+    )
     trained = evaluate.Trained(workdir, config, network, chosen(state), about["weights"], best)
     scores = evaluate.ood_scores(trained, data, val_records, val_rows, mesh, may_fit=True)
     return evaluate.report(
-        workdir, "val", about, val_records, val_rows, probabilities, judged, scores
+        workdir, "val", about, val_records, val_rows, validated[best], judged, scores
     )
 
 
@@ -325,7 +330,7 @@ def _steps(
         numbers = None
         with log.elsewhere():
             if plan.evaluates(done):
-                results, _ = validate(state)
+                results = validate(state)
                 numbers = {
                     f"val/{name}": value
                     for name, value in results.items()
