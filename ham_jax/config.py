@@ -545,7 +545,7 @@ def _progressive_faults(sizes) -> list[str]:
     low, high = RANGES["augment.crop_px"]
     faults = [
         f"augment.progressive: {entry!r} must be (share of the run between 0 and 1, whole pixels"
-        f" from {low} to {high})."
+        f" from {low} to {high}), all of them in one tuple: ((0.35, 128),)."
         for entry in sizes
         if not (
             isinstance(entry, tuple)

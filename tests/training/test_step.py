@@ -11,13 +11,14 @@ from ham_jax.models import resnet
 from ham_jax.training import losses, optim, step
 
 
-def taker(network, **train):
+def taker(network, freeze=(), **train):
     """Returns (state of step 0, compiled step), without augmentation but with an average."""
     c = config.base()
     c.augment.update(crop_px=16, strength=0.0, dihedral=False)
     c.train.update(train)
     c.model.metadata_dropout = 0.0
     c.optim.ema_decay = 0.9
+    c.optim.freeze = freeze
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
     optimizer = optim.make(c.optim, lambda _: 0.1, jax.eval_shape(lambda: network.init(0)[0]))
     loss = losses.make_loss(c.loss, np.ones(7))
@@ -38,6 +39,20 @@ def network_of(logits):
         return logits(params["kernel"], image, key, metadata), batch_stats
 
     return models.Network("small", lambda seed: ({"kernel": jnp.ones(())}, {}), apply, None, None)
+
+
+def test_what_is_frozen_is_no_part_of_the_gradient():
+    def apply(params, batch_stats, image, train, key=None, metadata=None):
+        return jnp.arange(7.0) * params["frozen"] * params["trained"] + 0 * image[:, :7, 0, 0], {}
+
+    weights = {"frozen": jnp.full((), 2.0), "trained": jnp.ones(())}
+    network = models.Network("two", lambda seed: (weights, {}), apply, None, None)
+    norms = []
+    for freeze in ((), ("frozen",)):
+        start, take = taker(network, freeze)
+        norms.append(float(take(start, batch())[1]["grad_norm"]))
+    # The product's gradients are g / 2 and g, so together 5 ** 0.5 / 2 of the second alone.
+    np.testing.assert_allclose(norms[0] / norms[1], 5**0.5 / 2, rtol=1e-5)
 
 
 def test_normalisation_survives_steps_and_average_to_the_last_bit(monkeypatch):
