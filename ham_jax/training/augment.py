@@ -57,21 +57,15 @@ def augment(
         )
     else:
         boxes = jnp.asarray(preprocess.central_boxes(batch_size, height, width, 1.0))
-    if config.dihedral:
-        k = jax.random.randint(keys[_DIHEDRAL], (batch_size,), 0, 8)
+    k = jax.random.randint(keys[_DIHEDRAL], (batch_size,), 0, 8) if config.dihedral else 0
+    if config.strength and (config.rotation or config.shear):
+        rotation = math.radians(config.rotation) * config.strength
+        matrix = draw_warp(keys[_WARP], batch_size, rotation, config.shear * config.strength)
+        view = preprocess.dihedral(resample_warped(image, boxes, matrix, config.crop_px), k)
+    elif config.dihedral:
         view = preprocess.resample_dihedral(image, boxes, k, config.crop_px)
     else:
         view = preprocess.resample(image, boxes, config.crop_px)
-    if config.strength and (config.rotation or config.shear):
-        view = warp(
-            view,
-            draw_warp(
-                keys[_WARP],
-                batch_size,
-                math.radians(config.rotation) * config.strength,
-                config.shear * config.strength,
-            ),
-        )
     view = preprocess.shades_of_gray(view, config.shades_of_gray)
     reach = min(config.color * config.strength, 0.9)
     if reach:
@@ -140,7 +134,7 @@ def draw_boxes(
 
 
 def draw_warp(key: jax.Array, batch_size: int, rotation: float, shear: float) -> jax.Array:
-    """Draws a turn and a shear about the middle, from output to input places, [B, 2, 2].
+    """Draws a turn and a shear, from places in the view to places in the canvas, [B, 2, 2].
 
     Angles are uniform within +- rotation (radians), the shear (columns a row) within +- shear.
     """
@@ -151,23 +145,42 @@ def draw_warp(key: jax.Array, batch_size: int, rotation: float, shear: float) ->
     return jnp.stack(rows, 1)
 
 
-def warp(image: jax.Array, matrix: jax.Array) -> jax.Array:
-    """Maps each image about its middle, bilinear, mirrored at the edges.
+def resample_warped(
+    image: jax.Array, boxes: jax.Array, matrix: jax.Array, size_px: int
+) -> jax.Array:
+    """Cuts a box that is turned or sheared about its middle, and scales it to a square.
+
+    Each pixel is interpolated once (bilinear), as in `preprocess.resample`, so that a turn does not
+    blur. Where the canvas is much larger than the result, each result pixel is the mean of 2x2 or
+    more places, against aliasing. Outside the canvas its mirror image is seen.
 
     Args:
-      image: [B, s, s, 3].
-      matrix: (row, column) of an output place, from the middle -> that of the input, [B, 2, 2].
+      image: uint8 [B, H, W, 3].
+      boxes: top, left, height, width in pixels, float [B, 4].
+      matrix: from the upright box's (row, column), seen from its middle, to the canvas's, in
+        pixels, [B, 2, 2].
+      size_px: side of the result.
+
+    Returns:
+      float32 [B, size_px, size_px, 3] in [0, 1].
     """
-    middle = (image.shape[1] - 1) / 2
-    place = jnp.arange(image.shape[1]) - middle
+    batch_size, height, width, channels = image.shape
+    parts = max(round(min(height, width) / size_px), 1)
+    side = size_px * parts
+    share = (jnp.arange(side) + 0.5) / side - 0.5
+    corner, size = boxes[:, :2, None, None], boxes[:, 2:]
     # Not a matrix product, which GPUs and TPUs round to a few bits: these are pixels.
-    down, across = matrix[..., 0, None, None], matrix[..., 1, None, None]
-    source = down * place[:, None] + across * place + middle  # [B, 2, s, s]
+    down, across = jnp.moveaxis(matrix * size[:, None], -1, 0)[..., None, None]
+    place = down * share[:, None] + across * share  # [B, 2, side, side]
+    place += corner + size[..., None, None] / 2 - 0.5
 
     def channel(pixels, place):
         return jax.scipy.ndimage.map_coordinates(pixels, list(place), 1, "mirror")
 
-    return jax.vmap(jax.vmap(channel, (2, None), 2))(image, source)
+    view = jax.vmap(jax.vmap(channel, (2, None), 2))(image / jnp.float32(255), place)
+    # The barrier keeps XLA from looking the pixels up anew for each step that follows.
+    view = jax.lax.optimization_barrier(view)
+    return view.reshape(batch_size, size_px, parts, size_px, parts, channels).mean((2, 4))
 
 
 def draw_color(key: jax.Array, batch_size: int, reach: float) -> tuple[jax.Array, ...]:

@@ -91,15 +91,41 @@ def test_color_changes_are_the_textbook_ones():
     assert 0.01 < (hue[0] - hue[1]) % 1 < 0.06  # 0.2 radians are 0.032 turns
 
 
-def test_warp_turns_and_shears_about_the_middle():
-    image = RNG.uniform(size=(2, 9, 9, 3)).astype(np.float32)
+def test_an_upright_warp_is_a_resample_and_a_quarter_turn_is_exact():
+    boxes = jnp.array([[2.3, 5.6, 30.0, 30.0], [4.0, 17.0, 30.0, 30.0]])
+    image = jnp.asarray(IMAGES[:2])
     quarter = np.array([[0.0, -1.0], [1.0, 0.0]], np.float32)
-    shear = np.array([[1.0, 0.0], [1.0, 1.0]], np.float32)  # column + 1 a row below the middle
-    turned, sheared = np.asarray(augment.warp(jnp.asarray(image), jnp.stack([quarter, shear])))
-    np.testing.assert_allclose(turned, np.rot90(image[0], -1), atol=1e-6)
-    np.testing.assert_allclose(sheared[4], image[1, 4], atol=1e-6)
-    np.testing.assert_allclose(sheared[6, :7], image[1, 6, 2:], atol=1e-6)
-    np.testing.assert_allclose(sheared[6, 7:], image[1, 6, [7, 6]], atol=1e-6)  # mirrored
+    upright, turned = (
+        np.asarray(augment.resample_warped(image, boxes, jnp.asarray([matrix] * 2), 30))
+        for matrix in (np.eye(2, dtype=np.float32), quarter)
+    )
+    np.testing.assert_allclose(upright, preprocess.resample(image, boxes, 30), atol=1e-5)
+    np.testing.assert_allclose(turned, np.rot90(upright, -1, (1, 2)), atol=1e-5)
+
+
+def test_a_warp_shears_by_columns_a_row_mirrors_at_the_edge_and_keeps_proportions():
+    image = RNG.integers(0, 256, (1, 9, 9, 3), np.uint8)
+    shear = jnp.array([[[1.0, 0.0], [1.0, 1.0]]])  # column + 1 a row below the middle
+    whole = jnp.array([[0.0, 0.0, 9.0, 9.0]])
+    (view,) = np.asarray(augment.resample_warped(jnp.asarray(image), whole, shear, 9))
+    np.testing.assert_allclose(view[4], image[0, 4] / 255, atol=1e-6)
+    np.testing.assert_allclose(view[6, :7], image[0, 6, 2:] / 255, atol=1e-6)
+    np.testing.assert_allclose(view[6, 7:], image[0, 6, [7, 6]] / 255, atol=1e-6)
+    # A box of 2 rows and 6 columns, turned by a quarter, spans 6 rows and 2 columns.
+    ramp = np.broadcast_to(np.arange(9, dtype=np.uint8)[:, None, None] * 25, (1, 9, 9, 3))
+    quarter = jnp.array([[[0.0, -1.0], [1.0, 0.0]]])
+    box = jnp.array([[3.5, 1.5, 2.0, 6.0]])
+    (view,) = np.asarray(augment.resample_warped(jnp.asarray(ramp), box, quarter, 3))
+    np.testing.assert_allclose(view[1, :, 0] * 255 / 25, [6, 4, 2], atol=0.01)
+
+
+def test_a_warp_that_reduces_does_not_alias():
+    stripes = np.zeros((1, 32, 32, 3), np.uint8)
+    stripes[:, ::2] = 255
+    view = augment.resample_warped(
+        jnp.asarray(stripes), jnp.array([[0.0, 0.0, 32.0, 32.0]]), jnp.eye(2)[None], 16
+    )
+    np.testing.assert_allclose(view, 0.5, atol=0.01)
 
 
 def test_drawn_warps_are_turns_and_shears_within_their_ranges():
