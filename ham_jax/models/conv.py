@@ -34,13 +34,11 @@ class Geometry(NamedTuple):
       stride: in both directions.
       pads: zeros (above, below), (left, right).
       groups: of channels, each convolved by itself.
-      dilation: distance between the kernel's taps, in both directions.
     """
 
     stride: int
     pads: Pads
     groups: int = 1
-    dilation: int = 1
 
 
 class Forms(NamedTuple):
@@ -53,10 +51,10 @@ class Forms(NamedTuple):
 
 def choose(x: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> Forms:
     """Returns the fastest forms on CPU for shapes x [B, H, W, C_in] and kernel."""
-    stride, pads, groups, dilation = geometry
+    stride, pads, groups = geometry
     kh, kw, _, num_out = kernel
     depthwise = groups == x[-1] == num_out
-    if dilation > 1 or (groups > 1 and not depthwise):
+    if groups > 1 and not depthwise:
         return Forms("direct", "direct", "direct")
     if depthwise:
         # 49 sums in one loop compile for 1.3 to 2.0 s of CPU time, 7 at a time for 0.4 to 0.6 s.
@@ -73,9 +71,7 @@ def choose(x: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> F
     )
 
 
-def conv(
-    x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, groups: int = 1, dilation: int = 1
-) -> jax.Array:
+def conv(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, groups: int = 1) -> jax.Array:
     """Convolves, in the form that suits the backend.
 
     Args:
@@ -84,9 +80,8 @@ def conv(
       stride: in both directions.
       pads: zeros (above, below), (left, right).
       groups: of channels, each convolved by itself.
-      dilation: distance between the kernel's taps, in both directions.
     """
-    geometry = Geometry(stride, pads, groups, dilation)
+    geometry = Geometry(stride, pads, groups)
     if not _on_cpu():
         return direct(x, kernel, geometry)
     return in_forms(x, kernel, geometry, choose(x.shape, kernel.shape, geometry))
@@ -132,13 +127,12 @@ def _on_cpu() -> bool:
 
 def direct(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     """XLA's convolution."""
-    stride, pads, groups, dilation = geometry
+    stride, pads, groups = geometry
     return lax.conv_general_dilated(
         x,
         kernel,
         (stride, stride),
         pads,
-        rhs_dilation=(dilation, dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )
@@ -262,6 +256,7 @@ def _weight_by_rows(x, kernel, geometry, dy):
 
 def _weight_scanned(x, kernel, geometry, dy):
     """Of a depthwise convolution: image by image, so that nine passes over it find it in cache."""
+    x, dy, dtype = *_summable(x, dy), dy.dtype
 
     def add(total, image_and_dy):
         image, dy = image_and_dy
@@ -269,13 +264,14 @@ def _weight_scanned(x, kernel, geometry, dy):
         return total + jnp.stack([(t[0] * dy).sum((0, 1)) for t in taps]), None
 
     start = jnp.zeros((kernel.shape[0] * kernel.shape[1], kernel.shape[-1]), dy.dtype)
-    return lax.scan(add, start, (x, dy))[0].reshape(kernel.shape)
+    return lax.scan(add, start, (x, dy))[0].reshape(kernel.shape).astype(dtype)
 
 
 def _weight_scanned_by_rows(x, kernel, geometry, dy):
     """Of a depthwise convolution: the same, a row of the kernel after the other."""
     kh, kw = kernel.shape[:2]
     stride = geometry.stride
+    x, dy, dtype = *_summable(x, dy), dy.dtype
     x = jnp.pad(x, ((0, 0), *geometry.pads, (0, 0)))
     height, width = ((length - 1) * stride + 1 for length in dy.shape[1:3])
 
@@ -290,7 +286,12 @@ def _weight_scanned_by_rows(x, kernel, geometry, dy):
         return total + lax.map(row, jnp.arange(kh)), None
 
     start = jnp.zeros((kh, kw, kernel.shape[-1]), dy.dtype)
-    return lax.scan(add, start, (x, dy))[0].reshape(kernel.shape)
+    return lax.scan(add, start, (x, dy))[0].reshape(kernel.shape).astype(dtype)
+
+
+def _summable(*values: jax.Array) -> list[jax.Array]:
+    """Returns values in float32 or finer: a sum over a batch in bfloat16 would lose its digits."""
+    return [v.astype(jnp.promote_types(v.dtype, jnp.float32)) for v in values]
 
 
 Forward = Callable[[jax.Array, jax.Array, Geometry], jax.Array]
@@ -323,8 +324,8 @@ def fitting(
     x: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry
 ) -> tuple[list[str], list[str], list[str]]:
     """Returns the names of all forms that compute a convolution and its two gradients."""
-    stride, pads, groups, dilation = geometry
-    if dilation > 1 or (groups > 1 and not groups == x[-1] == kernel[-1]):
+    stride, pads, groups = geometry
+    if groups > 1 and not groups == x[-1] == kernel[-1]:
         return ["direct"], ["direct"], ["direct"]
     if groups > 1:
         return ["direct", "shifted"], ["direct", "shifted"], ["direct", "scanned", "scanned_rows"]
@@ -397,7 +398,8 @@ def max_pool(x: jax.Array, size: int, stride: int, padding: int) -> jax.Array:
     """Takes the maximum of each window, [B, H, W, C] -> [B, H', W', C].
 
     On CPU as the maximum of shifted slices, rows first, then columns: the gradient of XLA's
-    windowed maximum is slow there. Where values tie, the gradient is shared out between them.
+    windowed maximum is slow there. Where values tie, the gradient is shared out between them on
+    CPU, and goes to one of them elsewhere.
     """
     if not _on_cpu():
         return nnx.max_pool(x, (size, size), (stride, stride), ((padding, padding),) * 2)

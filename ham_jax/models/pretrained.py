@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,17 @@ _FILES = ("model.safetensors", "pytorch_model.bin")  # of a hub repository, in o
 _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")  # keys of training checkpoints
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 _FRESH = ("params/head/", "params/fusion/")  # may be missing or of another shape
+# What numpy, safetensors and zip raise for files that are not whole or not theirs.
+_DAMAGED = (
+    OSError,
+    ValueError,
+    TypeError,
+    EOFError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    SafetensorError,
+)
 # BatchNorm's counter is of no use at a fixed momentum; a run's metadata may not be wanted.
 _UNUSED = r"(.*\.)?num_batches_tracked|params/fusion/.*"
 
@@ -232,7 +244,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
             content = torch_file.read(path)
     except InputError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
+    except _DAMAGED as error:
         raise InputError(f"{path} cannot be read: {error}. Is it whole?") from error
     nested = next((content[key] for key in _NESTED if isinstance(content.get(key), dict)), content)
     tensors = {
@@ -291,7 +303,7 @@ def convert(
             there, here = values.pop(path).shape[-1], likes[path].shape[-1]
             other = f"{there} classes" if there != here else "other features"
             left[names[path]] = f"its head is of {other}"
-    taken = {name for path, name in names.items() if path in values}
+    taken = {name for path, name in names.items() if path in values and name in tensors}
     for name in tensors:
         if name not in taken and re.fullmatch(_UNUSED, name):
             left[name] = "nothing here needs it"
@@ -466,7 +478,7 @@ def _described(config: Path, source: str, model_name: str) -> dict[str, tuple[fl
     """Returns `mean` and `std` as a timm config.json has them; nothing if there is none.
 
     Raises:
-      InputError: it is of another architecture.
+      InputError: it is of another architecture, or describes colours in another way.
     """
     try:
         content = dict(json.loads(config.read_text()))
@@ -479,5 +491,19 @@ def _described(config: Path, source: str, model_name: str) -> dict[str, tuple[fl
         raise InputError(
             f"model.pretrained = {source!r} is a {architecture}, not model.name = {model_name!r}."
         )
-    described = content.get("pretrained_cfg", {})
-    return {key: tuple(described[key]) for key in ("mean", "std") if key in described}
+    described = content.get("pretrained_cfg") or {}
+    if not isinstance(described, dict):
+        raise InputError(f"{config}: pretrained_cfg = {described!r} must be an object.")
+    found = {key: described[key] for key in ("mean", "std") if key in described}
+    for key, value in found.items():
+        try:
+            channels = np.array(value, np.float64)
+            fits = channels.shape == (3,) and np.isfinite(channels).all()
+        except (TypeError, ValueError):
+            fits = False
+        if not fits or (key == "std" and channels.min() <= 0):
+            raise InputError(
+                f"{config}: pretrained_cfg.{key} = {value!r} must be three numbers, one a colour"
+                f"{', above 0' if key == 'std' else ''}."
+            )
+    return {key: tuple(value) for key, value in found.items()}

@@ -75,19 +75,12 @@ class _Unpickler(pickle.Unpickler):
         """
         if module == "torch" and name in _STORAGES:
             return name
-        allowed: dict[tuple[str, str], Callable] = {
-            ("collections", "OrderedDict"): _State,
-            ("torch", "Size"): tuple,
-            ("torch._utils", "_rebuild_tensor"): self._tensor,
-            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
-            ("torch._utils", "_rebuild_parameter"): self._parameter,
-        }
-        if (module, name) not in allowed:
+        if (module, name) not in _ALLOWED:
             raise InputError(
                 f"{self._path} asks for {module}.{name}, which is not run: only tensors are read"
                 " from a PyTorch file. Save the network's state dict alone, best as safetensors."
             )
-        return allowed[module, name]
+        return _Global(_ALLOWED[module, name])
 
     def persistent_load(self, pid: Any) -> tuple[str, str]:
         """Returns a storage's type and its name in the file."""
@@ -96,18 +89,40 @@ class _Unpickler(pickle.Unpickler):
             raise ValueError(f"unknown storage {pid!r}")
         return storage, str(key)
 
-    def _tensor(self, storage, offset, shape, strides, *_):
-        return _Tensor(storage, offset, tuple(shape), tuple(strides))
-
-    def _parameter(self, tensor, *_):
-        return tensor
-
 
 class _State(dict):
     """A state dict: torch pickles attributes with it (`_metadata`), which are ignored."""
 
     def __setstate__(self, _):
         pass
+
+
+class _Global:
+    """What a pickle gets for a global's name: it can be called, not changed and not kept."""
+
+    __slots__ = ("_build",)
+
+    def __init__(self, build: Callable):
+        self._build = build
+
+    def __call__(self, *args):
+        return self._build(*args)
+
+    def __setstate__(self, _):
+        raise ValueError("it sets attributes of a function")
+
+
+def _tensor(storage, offset, shape, strides, *_):
+    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+
+
+_ALLOWED: dict[tuple[str, str], Callable] = {
+    ("collections", "OrderedDict"): _State,
+    ("torch", "Size"): tuple,
+    ("torch._utils", "_rebuild_tensor"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -186,4 +201,6 @@ def _with_arrays(content: Any, storage: Callable[[str], bytes], byteorder: str) 
         return {k: _with_arrays(v, storage, byteorder) for k, v in content.items()}
     if isinstance(content, list | tuple):
         return [_with_arrays(part, storage, byteorder) for part in content]
+    if isinstance(content, _Global):
+        raise ValueError("it holds a function")
     return content

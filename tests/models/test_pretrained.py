@@ -188,6 +188,10 @@ def test_own_paths_are_read_from_npz_and_from_a_run(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, params, saved["params"])
         np.testing.assert_array_equal(stats["normalize"]["mean"], np.float32([0.1, 0.2, 0.3]))
         assert report.mean == pytest.approx((0.1, 0.2, 0.3))
+    without = {name: value for name, value in flat.items() if "normalize" not in name}
+    *_, report = pretrained.load(str(tmp_path / "run"), *like, "resnet18", lambda _: without)
+    assert report.num_tensors == len(without)
+    assert report.mean == pytest.approx((0.485, 0.456, 0.406))
     tensors = {f"params/fusion/layer{n}/kernel": np.ones((64, 64), np.float32) for n in (1, 2)}
     tensors["params/head/kernel"] = np.ones((512 + 64, 7), np.float32)
     *_, report = pretrained.load(str(tmp_path / "run"), *like, "resnet18", lambda _: flat | tensors)
@@ -404,6 +408,46 @@ def test_a_truncated_file_is_named(name, share, tmp_path):
     file.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(InputError, match=name):
         pretrained.read(file)
+
+
+def test_a_flipped_byte_and_another_format_are_damage(tmp_path):
+    whole, file = tmp_path / "whole.npz", tmp_path / "x.npz"
+    np.savez_compressed(whole, a=np.arange(100.0))
+    content = bytearray(whole.read_bytes())
+    refused = 0
+    for place in range(len(content)):
+        content[place] ^= 255
+        file.write_bytes(content)
+        content[place] ^= 255
+        try:
+            np.testing.assert_array_equal(pretrained.read(file)["a"], np.arange(100.0))
+        except (InputError, KeyError):  # KeyError: the name was hit
+            refused += 1
+    assert refused > len(content) / 2
+    with file.open("wb") as npy:
+        np.save(npy, np.zeros(3))
+    with pytest.raises(InputError, match=r"x\.npz cannot be read"):
+        pretrained.read(file)
+
+
+@pytest.mark.parametrize("opcodes", [b"}X\x01\x00\x00\x00qK\x07sb", b""])
+def test_functions_cannot_be_changed_or_kept(opcodes, tmp_path):
+    named = b"ctorch._utils\n_rebuild_tensor_v2\n"
+    file = tmp_path / "torch_zip.pth"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("torch_zip/data.pkl", b"}X\x01\x00\x00\x00a" + named + opcodes + b"s.")
+    with pytest.raises(InputError, match=r"of a function|holds a function"):
+        pretrained.read(file)
+
+
+@pytest.mark.parametrize("cfg", ['{"mean": 0.5}', '{"std": [1, 0, 1]}', '{"mean": [0.5]}', "[1]"])
+def test_colours_described_in_another_way_are_refused(cfg, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "config.json").write_text(f'{{"pretrained_cfg": {cfg}}}')
+    with pytest.raises(InputError, match="pretrained_cfg"):
+        pretrained.find(str(tmp_path), "resnet18")
+    (tmp_path / "config.json").write_text('{"pretrained_cfg": null}')
+    assert pretrained.find(str(tmp_path), "resnet18").mean is None
 
 
 def test_a_tensor_beyond_its_storage_is_refused():
