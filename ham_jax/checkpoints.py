@@ -27,6 +27,7 @@ from ham_jax.config import InputError
 
 State = dict[str, Any]
 
+SPLIT = "split.csv"  # in a run's folder: who trained and who validated
 METRIC = "val/balanced_accuracy"
 _MODEL = ("params", "batch_stats", "ema")
 _NO_METRIC = -1.0  # of a step that was not evaluated: below any balanced accuracy

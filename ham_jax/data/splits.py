@@ -201,6 +201,32 @@ def audit(table: pd.DataFrame, split: np.ndarray, test_table: pd.DataFrame | Non
     )
 
 
+def write_csv(path: str | os.PathLike, table: pd.DataFrame, split: np.ndarray) -> None:
+    """Writes who is in which split, in a form that `data.split_csv` reads.
+
+    Args:
+      path: CSV to make or replace, whole or not at all.
+      table: one row an image, with the columns `image_id` and `lesion_id`.
+      split: str [n].
+    """
+    rows = table[["image_id", "lesion_id"]].assign(split=split)
+    files.write_text(path, rows.to_csv(index=False, lineterminator="\n"))
+
+
+def trained_on(path: str | os.PathLike, table: pd.DataFrame) -> np.ndarray:
+    """Returns which images of `table`, or others of their lesions, a run trained on, bool [n].
+
+    Args:
+      path: of the run's split, as `write_csv` wrote it.
+      table: one row an image, with the columns `image_id` and `lesion_id`.
+    """
+    rows = pd.read_csv(path, dtype=str)
+    trained = rows[rows["split"] == "train"]
+    return (
+        table["image_id"].isin(trained["image_id"]) | table["lesion_id"].isin(trained["lesion_id"])
+    ).to_numpy()
+
+
 def _from_csv(table: pd.DataFrame, path: str) -> np.ndarray:
     """Returns the split of each row as the user's CSV says; see `assign`."""
     where = f"data.split_csv = {os.fspath(path)!r}"

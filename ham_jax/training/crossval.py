@@ -42,6 +42,9 @@ def train(
     """
     if checkpoints.has_checkpoints(workdir):
         raise InputError(f"--workdir={workdir} holds a single run; choose another --workdir.")
+    records = preparation.prepare(config).records
+    if config.model.pretrained:
+        loop.refuse_seen(config.model.pretrained, records.table)
     num_folds = config.data.num_folds
     folders = [checkpoints.fold_folder(workdir, fold) for fold in range(num_folds)]
     folds = []
@@ -55,7 +58,6 @@ def train(
         numbers = loop.train(config_of_fold, folder, mesh, preemption)
         folds.append({key: numbers[key] for key in ("balanced_accuracy", "num_images", "step")})
     parallel.barrier("folds")  # the main process has written the last predictions
-    records = preparation.prepare(config).records
     predictions = [folder / "predictions.csv" for folder in folders]
     probabilities, judged = _joined(
         predictions, records.table["image_id"].tolist(), config.eval.calibration

@@ -10,10 +10,13 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+import pandas as pd
+from absl import logging
 
 from ham_jax import CLASSES, checkpoints, console, models, parallel
 from ham_jax import config as configuration
-from ham_jax.data import feed, metadata
+from ham_jax.config import InputError
+from ham_jax.data import feed, metadata, splits
 from ham_jax.data import prepare as preparation
 from ham_jax.evaluation import evaluate
 from ham_jax.models import pretrained
@@ -129,6 +132,8 @@ def train(
     data = preparation.prepare(config)
     records, rows = data.select("train")
     val_records, val_rows = data.select("val")
+    if weights:
+        refuse_seen(config.model.pretrained, val_records.table.iloc[val_rows])
     labels = records.table["label"].to_numpy()[rows]
     plan = Plan.of(config, len(rows))
     codes = None
@@ -169,9 +174,6 @@ def train(
         return numbers
 
     workdir.mkdir(parents=True, exist_ok=True)
-    checkpoints.write_run_config(workdir, config)
-    if parallel.is_main():
-        data.audit.write(workdir)
     meta = {
         "config": configuration.to_dict(config),
         "classes": list(CLASSES),
@@ -180,7 +182,17 @@ def train(
     state = step.init_state(network, optimizer, config, mesh, weights)
     with checkpoints.Checkpoints(workdir, config.checkpoint.keep) as saved:
         if saved.latest() is not None:
-            state, _ = saved.restore(None, state, mesh)
+            state, saved_meta = saved.restore(None, state, mesh)
+            if saved_meta["records"] != records.fingerprint:
+                raise InputError(
+                    f"--workdir={workdir} was trained on other photographs than"
+                    f" data.dir = {config.data.dir!r} now holds; then its training and validation"
+                    " would mix. Give it the same ones, or choose another --workdir."
+                )
+        checkpoints.write_run_config(workdir, config)
+        if parallel.is_main():
+            data.audit.write(workdir)
+            splits.write_csv(workdir / checkpoints.SPLIT, records.table, data.split)
         start = int(state["step"])
         if start < plan.num_steps:
             if parallel.is_main():
@@ -234,17 +246,50 @@ def _pretrained(
     network: models.Network, config: ml_collections.ConfigDict
 ) -> tuple[models.Tree, models.Tree]:
     """Returns the (params, batch_stats) that `model.pretrained` names, and says what they are."""
-
-    def read_run(folder: Path) -> dict[str, np.ndarray]:
-        params, batch_stats, ema, _, _ = checkpoints.load_for_inference(folder)
-        return pretrained.flatten(ema or {"params": params, "batch_stats": batch_stats})
-
     *weights, report = pretrained.load(
-        config.model.pretrained, *network.init(config.seed), config.model.name, read_run
+        config.model.pretrained, *network.init(config.seed), config.model.name, _read_run
     )
     if parallel.is_main():
         console.log_line(report.text())
     return tuple(weights)
+
+
+def _read_run(folder: Path) -> dict[str, np.ndarray]:
+    """Returns the weights that a run was judged by, by path."""
+    params, batch_stats, ema, meta, _ = checkpoints.load_for_inference(folder)
+    use_ema = ema and meta["config"]["eval"]["weights"] != "raw"
+    return pretrained.flatten(ema if use_ema else {"params": params, "batch_stats": batch_stats})
+
+
+def refuse_seen(source: str, judged: pd.DataFrame) -> None:
+    """Checks that the run whose weights are taken did not train on what is to be judged.
+
+    Args:
+      source: `model.pretrained`; anything but a run's folder passes.
+      judged: one row an image, with the columns `image_id` and `lesion_id`.
+
+    Raises:
+      InputError: it did.
+    """
+    folder = Path(source)
+    if not checkpoints.has_checkpoints(folder):
+        return
+    file = folder / checkpoints.SPLIT
+    if not file.exists():
+        logging.warning(
+            "model.pretrained = %r does not say which lesions it trained on (%s is missing): if any"
+            " validates here, the results are too good to be true.",
+            source,
+            file,
+        )
+        return
+    num_seen = splits.trained_on(file, judged).sum()
+    if num_seen:
+        raise InputError(
+            f"model.pretrained = {source!r} was trained on lesions of {num_seen} of the"
+            f" {len(judged)} images that validate here: results would be too good to be true."
+            f" Train on its split (--config.data.split_csv={file}), or take other weights."
+        )
 
 
 def _most_together(config: ml_collections.ConfigDict, feed: str) -> int:

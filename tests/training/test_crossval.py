@@ -202,6 +202,14 @@ def test_a_run_and_a_cross_validation_do_not_share_a_folder(folds, other, tiny_r
         crossval.train(c, other, mesh, StopAfter())
 
 
+def test_folds_do_not_start_from_a_run_that_trained_on_them(
+    other, tiny_raw, prepared, mesh, tmp_path
+):
+    c = tiny(tiny_raw, prepared, **{"model.pretrained": str(other)})
+    with pytest.raises(InputError, match="too good to be true"):
+        crossval.train(c, tmp_path / "folds", mesh, StopAfter())
+
+
 def test_predictions_that_lack_an_image_or_have_one_twice_are_not_joined(folds):
     files = [folds / f"fold{fold}" / "predictions.csv" for fold in (0, 1)]
     ids, *_ = metrics.read_predictions(folds / "predictions.csv")

@@ -1,5 +1,6 @@
 """A run can be stopped, resumed, moved to other devices and rebuilt, and stays the same run."""
 
+import dataclasses
 import json
 
 import jax
@@ -284,6 +285,59 @@ def test_the_folder_of_another_run_is_refused(tiny, one_device, tmp_path):
     tiny.optim.learning_rate = 0.02
     with pytest.raises(InputError, match=r"optim\.learning_rate"):
         loop.train(tiny, tmp_path, one_device, StopAfter())
+
+
+def test_other_photographs_than_before_are_refused(tiny, one_device, tmp_path, monkeypatch):
+    with pytest.raises(loop.Preempted):
+        loop.train(tiny, tmp_path, one_device, StopAfter(1))
+    prepare, config_file = loop.preparation.prepare, tmp_path / "config.json"
+    before = config_file.read_text()
+
+    def prepare_others(config):
+        data = prepare(config)
+        records = dataclasses.replace(data.records, fingerprint="of other photographs")
+        return dataclasses.replace(data, records=records)
+
+    monkeypatch.setattr(loop.preparation, "prepare", prepare_others)
+    tiny.log.every_steps = 1
+    with pytest.raises(InputError, match="trained on other photographs"):
+        loop.train(tiny, tmp_path, one_device, StopAfter())
+    assert config_file.read_text() == before
+
+
+def test_a_run_that_trained_on_what_validates_lends_no_weights(tiny, one_device, tmp_path, caplog):
+    first, second = tmp_path / "first", tmp_path / "second"
+    tiny.train.duration = {"steps": 2}
+    loop.train(tiny, first, one_device, StopAfter())
+    tiny.model.pretrained = str(first)
+    tiny.data.fold = 1
+    with pytest.raises(InputError, match=r"too good to be true.*split\.csv"):
+        loop.train(tiny, second, one_device, StopAfter())
+    split = pd.read_csv(first / "split.csv")
+    num_val = len(pd.read_csv(first / "predictions.csv"))
+    assert (split["split"] == "val").sum() == num_val
+    assert not second.exists()
+
+    tiny.data.split_csv = str(first / "split.csv")
+    loop.train(tiny, second, one_device, StopAfter())
+    ids = [pd.read_csv(folder / "predictions.csv")["image_id"] for folder in (first, second)]
+    pd.testing.assert_series_equal(*ids)
+
+    (first / "split.csv").unlink()  # a run of an earlier version
+    loop.refuse_seen(str(first), split)
+    assert "does not say which lesions it trained on" in caplog.text
+
+
+def test_the_weights_that_a_run_was_judged_by_are_lent(tiny, one_device, tmp_path):
+    first = tmp_path / "first"
+    tiny.train.duration = {"steps": 2}
+    tiny.eval.weights = "raw"
+    loop.train(tiny, first, one_device, StopAfter())
+    params, _, ema, _, _ = checkpoints.load_for_inference(first)
+    lent = loop._read_run(first)
+    kernels = [tree["head"]["kernel"] for tree in (params, ema["params"])]
+    np.testing.assert_array_equal(lent["params/head/kernel"], kernels[0])
+    assert not np.array_equal(*kernels)
 
 
 def test_an_empty_folder_cannot_be_evaluated(one_device, tmp_path):
