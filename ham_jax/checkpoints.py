@@ -7,10 +7,11 @@ of its files, for Orbax restores a flipped bit without a word.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,8 @@ class Checkpoints:
     def _set_aside(self, step: int) -> None:
         aside = self._workdir / "damaged"
         aside.mkdir(exist_ok=True)
-        target = aside / f"{step}-{len(list(aside.iterdir()))}"
+        targets = (aside / f"{step}-{number}" for number in itertools.count())
+        target = next(path for path in targets if not path.exists())
         logging.warning("Step %d is moved to %s; the run goes on without it.", step, target)
         os.rename(self._folder / str(step), target)
         _checksums(self._workdir, step).unlink(missing_ok=True)
@@ -212,19 +214,15 @@ def load_for_inference(
     steps = _steps(workdir)
     if not steps:
         raise InputError(_nothing_there(workdir))
-    if which == "best":
-        steps = _by_metric(workdir, steps)
-    elif which != "latest":
-        if which not in steps:
-            raise InputError(
-                f"--workdir={workdir} has no checkpoint of step {which}, but of"
-                f" {', '.join(map(str, sorted(steps)))}."
-            )
-        steps = [which]
+    if which not in ("best", "latest", *steps):
+        raise InputError(
+            f"--workdir={workdir} has no checkpoint of step {which}, but of"
+            f" {', '.join(map(str, sorted(steps)))}."
+        )
     none = -1
     chosen = none
     if parallel.is_main():
-        chosen = next((step for step in steps if _is_whole(workdir, step)), none)
+        chosen = next(_whole(workdir, which), none)
     chosen = parallel.broadcast(chosen)
     if chosen == none:
         raise InputError(
@@ -321,12 +319,30 @@ def _by_metric(workdir: Path, steps: list[int]) -> list[int]:
     return sorted(steps, key=key, reverse=True)
 
 
+def _whole(workdir: Path, which: str | int) -> Iterator[int]:
+    """Yields the whole steps in the order asked for, among those there are at the time."""
+    judged: set[int] = set()
+    while steps := [step for step in _steps(workdir) if step not in judged]:
+        if which == "best":
+            steps = _by_metric(workdir, steps)
+        elif which != "latest":
+            steps = [step for step in steps if step == which]
+        if not steps:
+            return
+        judged.add(steps[0])
+        if _is_whole(workdir, steps[0]):
+            yield steps[0]
+
+
 def _checksums(workdir: Path, step: int) -> Path:
     return workdir / "checksums" / f"{step}.json"
 
 
 def _is_whole(workdir: Path, step: int) -> bool:
-    """Returns whether a step's files are as they were saved; warns where not, or not known."""
+    """Returns whether a step's files are as they were saved; warns where not, or not known.
+
+    Nothing is said of a step that is gone: the run that trains has replaced it by another.
+    """
     checksums, folder = _checksums(workdir, step), workdir / "checkpoints" / str(step)
     if not checksums.exists():
         logging.warning(
@@ -335,8 +351,14 @@ def _is_whole(workdir: Path, step: int) -> bool:
         return folder.is_dir()
     try:
         expected, found = json.loads(checksums.read_text()), _hashes(folder)
+        if not isinstance(expected, dict):
+            raise ValueError
     except ValueError:
         logging.warning("Checkpoint of step %d: %s is damaged.", step, checksums)
+        return False
+    except FileNotFoundError:
+        found = {}
+    if not found and not folder.is_dir():
         return False
     for name, digest in expected.items():
         if found.get(name) != digest:

@@ -44,10 +44,15 @@ def initialize() -> None:
                 f" {count!r}."
             )
         jax.distributed.initialize(
-            coordinator, int(count), int(number), local_device_ids=_own_gpus(int(number))
+            coordinator,
+            int(count),
+            int(number),
+            local_device_ids=_own_gpus(int(number)),
+            cluster_detection_method="deactivate",
         )
     elif _slurm_or_pod():
-        jax.distributed.initialize()  # finds the others by itself
+        # Finds the others by itself.
+        jax.distributed.initialize(local_device_ids=_own_gpus_of_slurm())
 
 
 def _slurm_or_pod() -> bool:
@@ -61,6 +66,35 @@ def _own_gpus(number: int) -> list[int] | None:
     """Returns process `number`'s share of this machine's GPUs; None where launch.sh set none."""
     share = int(os.environ.get("HAM_JAX_GPUS_PER_PROCESS", "0"))
     return list(range(number * share, (number + 1) * share)) or None
+
+
+def _own_gpus_of_slurm() -> list[int] | None:
+    """Returns which of the GPUs that this Slurm task sees are its own; None where it sees none.
+
+    JAX would take one GPU a task, and so a single one on a node with one task.
+
+    Raises:
+      InputError: there are more tasks on the node than GPUs.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("ROCR_VISIBLE_DEVICES")
+    if not visible or "SLURM_STEP_TASKS_PER_NODE" not in os.environ:
+        return None
+    count = len(visible.split(","))
+    per_node = []  # as in 4(x2),3: three nodes
+    for part in os.environ["SLURM_STEP_TASKS_PER_NODE"].split(","):
+        tasks, _, times = part.partition("(x")
+        per_node += [int(tasks)] * int(times.rstrip(")") or 1)
+    tasks = per_node[int(os.environ["SLURM_NODEID"])]
+    if count < int(os.environ.get("SLURM_GPUS_ON_NODE", "0")):  # each task sees its own alone
+        tasks = 1
+    if tasks > count:
+        raise InputError(
+            f"{tasks} Slurm tasks share {count} GPU(s) on a node: use as many tasks a node as GPUs,"
+            " or one."
+        )
+    share = count // tasks
+    first = share * (int(os.environ["SLURM_LOCALID"]) if tasks > 1 else 0)
+    return list(range(first, first + share))
 
 
 def compile_cache() -> None:

@@ -183,10 +183,41 @@ def test_damaged_checksums_are_a_damaged_checkpoint(three_steps, tmp_path, caplo
     run = tmp_path / "run"
     shutil.copytree(three_steps, run)
     newest = max((run / "checksums").glob("*.json"), key=lambda path: int(path.stem))
-    newest.write_text(newest.read_text()[:-20])
+    text = newest.read_text()
+    for damaged in (text[:-20], "[]"):
+        newest.write_text(damaged)
+        caplog.clear()
+        assert checkpoints.load_for_inference(run, "latest")[-1] == 2
+        assert f"step 3: {newest} is damaged" in caplog.text
+    (run / "damaged" / "3-1").mkdir(parents=True)  # of before, when there was a 3-0 too
     with checkpoints.Checkpoints(run) as saved:
         assert_equal(saved.restore(None, state_of(0), mesh_of(1))[0], state_of(2))
-    assert f"step 3: {newest} is damaged" in caplog.text
+    shutil.copytree(three_steps / "checkpoints/3", run / "checkpoints/3")
+    newest.write_text("[]")
+    with checkpoints.Checkpoints(run) as saved:
+        assert saved.latest() == 2
+    assert sorted(path.name for path in (run / "damaged").iterdir()) == ["3-0", "3-1", "3-2"]
+
+
+def test_a_step_that_is_replaced_while_it_is_looked_at_is_no_damage(
+    three_steps, tmp_path, monkeypatch, caplog
+):
+    run = tmp_path / "run"
+    shutil.copytree(three_steps, run)
+    for part in ("checkpoints/3", "checksums/3.json"):
+        (run / part).rename(run / part.replace("3", "later"))
+    hashes = checkpoints._hashes
+
+    def replaced(folder):
+        if folder.name == "2":
+            shutil.rmtree(folder)
+            for part in ("checkpoints/3", "checksums/3.json"):
+                (run / part.replace("3", "later")).rename(run / part)
+        return hashes(folder)
+
+    monkeypatch.setattr(checkpoints, "_hashes", replaced)
+    assert checkpoints.load_for_inference(run, "latest")[-1] == 3
+    assert "damaged" not in caplog.text
 
 
 def test_a_run_without_a_whole_checkpoint_says_so(three_steps, tmp_path):

@@ -24,10 +24,14 @@ JOB = {
 }
 
 
+ALONE = {"cluster_detection_method": "deactivate"}  # Slurm's variables may be set too
+
+
 @pytest.fixture
 def joined(monkeypatch):
     """Returns the list of what jax.distributed.initialize was called with."""
-    for name in [*JOB, "SLURM_STEP_NUM_TASKS", "TPU_WORKER_HOSTNAMES", "HAM_JAX_GPUS_PER_PROCESS"]:
+    others = ("TPU_WORKER_HOSTNAMES", "HAM_JAX_GPUS_PER_PROCESS", "CUDA_VISIBLE_DEVICES")
+    for name in [*JOB, *others, *(name for name in os.environ if name.startswith("SLURM_"))]:
         monkeypatch.delenv(name, raising=False)
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
@@ -38,15 +42,18 @@ def joined(monkeypatch):
     ("variables", "call"),
     [
         ({}, None),
-        (JOB, (("127.0.0.1:1", 2, 1), {"local_device_ids": None})),
+        (JOB, (("127.0.0.1:1", 2, 1), ALONE | {"local_device_ids": None})),
         (
             JOB | {"HAM_JAX_GPUS_PER_PROCESS": "3"},
-            (("127.0.0.1:1", 2, 1), {"local_device_ids": [3, 4, 5]}),
+            (("127.0.0.1:1", 2, 1), ALONE | {"local_device_ids": [3, 4, 5]}),
         ),
-        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, ((), {})),
+        (
+            {"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},
+            ((), {"local_device_ids": None}),
+        ),
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),  # a batch script, without srun
         ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, ((), {})),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, ((), {"local_device_ids": None})),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
     ],
 )
@@ -55,6 +62,40 @@ def test_a_job_is_joined_as_its_variables_say(variables, call, joined, monkeypat
         monkeypatch.setenv(name, value)
     parallel.initialize()
     assert joined == ([] if call is None else [call])
+
+
+@pytest.mark.parametrize(
+    ("per_node", "node", "task", "visible", "on_node", "own"),
+    [
+        ("1(x2)", "1", "0", "0,1,2,3", "4", [0, 1, 2, 3]),
+        ("4(x2)", "0", "2", "0,1,2,3", "4", [2]),
+        ("1,2(x2)", "2", "1", "0,1,2,3", "", [2, 3]),
+        ("2(x2)", "1", "1", "0,1", "4", [0, 1]),  # bound to its task, which sees no other
+        ("4", "0", "3", "0", "4", [0]),
+        ("2(x2)", "1", "1", "", "", None),
+    ],
+)
+def test_a_slurm_task_takes_its_share_of_the_gpus(
+    per_node, node, task, visible, on_node, own, joined, monkeypatch
+):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", per_node)
+    monkeypatch.setenv("SLURM_NODEID", node)
+    monkeypatch.setenv("SLURM_LOCALID", task)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if on_node:
+        monkeypatch.setenv("SLURM_GPUS_ON_NODE", on_node)
+    parallel.initialize()
+    assert joined == [((), {"local_device_ids": own})]
+
+
+def test_more_slurm_tasks_than_gpus_are_refused(joined, monkeypatch):
+    for name, value in {"STEP_NUM_TASKS": "4", "STEP_TASKS_PER_NODE": "4", "NODEID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(InputError, match=r"4 Slurm tasks share 2 GPU"):
+        parallel.initialize()
+    assert joined == []
 
 
 @pytest.mark.parametrize(

@@ -235,16 +235,24 @@ def read_table(path: str | os.PathLike) -> pd.DataFrame:
     absent = [name for name in ("image_id", "lesion_id", "truth", *CLASSES) if name not in header]
     if absent:
         raise InputError(f"{path} is no predictions file: it lacks {', '.join(absent)}.")
+    if not rows:
+        raise InputError(f"{path} holds no predictions, but a header only.")
     faults = []
+    seen = {}  # image -> its first line
     for line, row in rows:
+        first = seen.setdefault(row["image_id"], line)
+        if first != line:
+            faults.append(f"{path}, line {line}: {row['image_id']} is in line {first} already.")
         try:
             CLASSES.index(row["truth"])
             row |= {name: float(row[name]) for name in CLASSES}
+            if not np.isfinite([row[name] for name in CLASSES]).all():
+                raise ValueError
             row |= {name: float(row.get(name) or "nan") for name in ("age", "ood_score")}
         except (ValueError, TypeError):  # TypeError: a short row has None
             faults.append(
                 f"{path}, line {line}: truth must be one of {', '.join(CLASSES)}, each"
-                " probability a number, age and ood_score a number or empty."
+                " probability a finite number, age and ood_score a number or empty."
             )
     if faults:
         raise InputError(faults)

@@ -217,6 +217,15 @@ def test_a_damaged_predictions_file_is_refused_line_by_line(tmp_path):
     with pytest.raises(InputError) as caught:
         metrics.read_predictions(path)
     assert [fault.split(":")[0][-6:] for fault in caught.value.faults] == ["line 2", "line 4"]
+    metrics.write_predictions(path, ["a", "b", "a"], ["", "", ""], np.arange(3), np.eye(7)[:3])
+    path.write_text(path.read_text().replace("bcc,0.0", "bcc,nan"))
+    with pytest.raises(InputError) as caught:
+        metrics.read_predictions(path)
+    assert "line 3: a is in line 2 already" in caught.value.faults[0]
+    assert "line 4: truth must be" in caught.value.faults[1]
+    path.write_text(path.read_text().splitlines()[0])
+    with pytest.raises(InputError, match="a header only"):
+        metrics.read_predictions(path)
 
 
 def test_json_is_strict_and_never_half_written(tmp_path):
