@@ -20,7 +20,7 @@ def faults_of(config, **kwargs):
     "file",
     [
         *("resnet.py", "resnet.py:34", "resnet.py:50", "efficientnet_lite.py:2", "demo.py"),
-        *("convnext.py", "convnext.py:tiny"),
+        *("convnext.py", "convnext.py:tiny-imagenet", "resnet.py:50-imagenet"),
     ],
 )
 def test_every_config_file_is_valid(file, request):

@@ -46,6 +46,7 @@ def test_overrides_are_taken_out_of_the_command_line():
         (["stray", "--config={root}/configs/demo.py"], ["'stray': every argument must be"]),
         (["--config=nowhere.py"], ["there is no file nowhere.py"]),
         (["--config={root}/configs/resnet.py:19"], ["18, 34, 50 or 101"]),
+        (["--config={root}/configs/convnext.py:nano-x"], ["-imagenet may follow"]),
         (["--config={root}/configs/demo.py:x"], ["has no variants"]),
         (["--mode=eval"], ["needs --workdir"]),
         (["--mode=robustness"], ["--mode=robustness needs --workdir"]),
