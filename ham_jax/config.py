@@ -167,7 +167,8 @@ def base() -> ml_collections.ConfigDict:
 
     c.loss = loss = ml_collections.ConfigDict()
     loss.imbalance = "none"  # see CHOICES
-    loss.label_smoothing = 0.0  # spread evenly, as the loss sees classes: see losses.make_loss
+    # Spread evenly, or by class frequency where the loss favours rare classes: losses.make_loss.
+    loss.label_smoothing = 0.0
     loss.focal_gamma = 2.0  # of imbalance = focal
     loss.effective_beta = 0.999  # of imbalance = effective_number
     loss.logit_tau = 1.0  # of imbalance = logit_adjusted
