@@ -196,6 +196,7 @@ def train(
         start = int(state["step"])
         if start < plan.num_steps:
             if parallel.is_main():
+                telemetry.write_start(workdir, start)
                 _say_what(config, plan, start, len(rows), len(val_rows), mesh)
             order = _order(config, rows, labels)
             kind = feed.choose(config.data.feed, len(rows) * math.prod(records.canvas) * 3, mesh)

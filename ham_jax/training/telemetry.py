@@ -1,11 +1,15 @@
-"""What a training run tells: metrics.jsonl, TensorBoard events, log lines, a bar, a trace."""
+"""What a training run tells: starts and metrics as JSON lines, TensorBoard, log lines, a trace."""
 
 import contextlib
 import datetime
 import json
 import math
+import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -24,6 +28,9 @@ _SHOWN = {
     "perf/mfu": "MFU {:.1%}",
     "perf/wait_share": "waiting {:.1%}",
 }
+
+# Whose versions starts.jsonl names.
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow")
 
 # Dense bfloat16 FLOP/s of one device as JAX names it, from the makers' data sheets; the first
 # name that begins the device's counts.
@@ -45,6 +52,40 @@ _PEAK_FLOPS = {
 def peak_flops(device_kind: str) -> float | None:
     """Returns the dense bfloat16 FLOP/s of a device, None where it is not known."""
     return next((peak for kind, peak in _PEAK_FLOPS.items() if device_kind.startswith(kind)), None)
+
+
+def write_start(workdir: Path, step: int) -> None:
+    """Adds to starts.jsonl what this process runs with: all that numbers depend on but the config.
+
+    Args:
+      workdir: of the run.
+      step: that it starts at.
+    """
+    devices = jax.devices()
+    start = {
+        "step": step,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "code": _code_version(),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "processes": jax.process_count(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+    }
+    with (workdir / "starts.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(start, ensure_ascii=False) + "\n")
+
+
+def _code_version() -> str | None:
+    """Returns the commit of this code, `-dirty` where it was edited; None outside a repository."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 class NonFiniteLoss(FloatingPointError):  # noqa: N818 - says what it is

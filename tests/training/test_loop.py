@@ -127,6 +127,10 @@ def test_resume_is_bit_exact_and_so_are_both_feeds(tiny, one_device, tmp_path):
 
     assert_same_state(final_state(resumed), final_state(unbroken))
     assert lines(resumed) == lines(unbroken)
+    starts = [json.loads(line) for line in (resumed / "starts.jsonl").read_text().splitlines()]
+    assert [start["step"] for start in starts] == [0, 2]
+    assert starts[1]["devices"] == "8 x cpu"
+    assert {"jax", "optax"} < starts[1]["packages"].keys()
     assert numbers == json.loads((unbroken / "metrics.json").read_text())
 
 
