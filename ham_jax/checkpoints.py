@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ SPLIT = "split.csv"  # in a run's folder: who trained and who validated
 METRIC = "val/balanced_accuracy"
 _MODEL = ("params", "batch_stats", "ema")
 _NO_METRIC = -1.0  # of a step that was not evaluated: below any balanced accuracy
+_NONE = -1  # where processes agree on a step and there is none
 _TEMPORARY = ocp.utils.TMP_DIR_SUFFIX
 # Orbax adds the time to it when it renames the folder; restoring does not depend on it.
 _TIME_STAMPED = "_CHECKPOINT_METADATA"
@@ -219,12 +220,8 @@ def load_for_inference(
             f"--workdir={workdir} has no checkpoint of step {which}, but of"
             f" {', '.join(map(str, sorted(steps)))}."
         )
-    none = -1
-    chosen = none
-    if parallel.is_main():
-        chosen = next(_whole(workdir, which), none)
-    chosen = parallel.broadcast(chosen)
-    if chosen == none:
+    chosen = parallel.broadcast(_first_whole(workdir, which) if parallel.is_main() else _NONE)
+    if chosen == _NONE:
         raise InputError(
             f"--workdir={workdir}: {'each' if len(steps) > 1 else 'this'} checkpoint is damaged;"
             " restore it from a copy, or train again."
@@ -319,8 +316,11 @@ def _by_metric(workdir: Path, steps: list[int]) -> list[int]:
     return sorted(steps, key=key, reverse=True)
 
 
-def _whole(workdir: Path, which: str | int) -> Iterator[int]:
-    """Yields the whole steps in the order asked for, among those there are at the time."""
+def _first_whole(workdir: Path, which: str | int) -> int:
+    """Returns the first whole step in the order asked for, or _NONE.
+
+    After each that is not, the folder is read anew: a run that trains may have replaced it.
+    """
     judged: set[int] = set()
     while steps := [step for step in _steps(workdir) if step not in judged]:
         if which == "best":
@@ -328,10 +328,11 @@ def _whole(workdir: Path, which: str | int) -> Iterator[int]:
         elif which != "latest":
             steps = [step for step in steps if step == which]
         if not steps:
-            return
+            break
         judged.add(steps[0])
         if _is_whole(workdir, steps[0]):
-            yield steps[0]
+            return steps[0]
+    return _NONE
 
 
 def _checksums(workdir: Path, step: int) -> Path:
@@ -344,11 +345,13 @@ def _is_whole(workdir: Path, step: int) -> bool:
     Nothing is said of a step that is gone: the run that trains has replaced it by another.
     """
     checksums, folder = _checksums(workdir, step), workdir / "checkpoints" / str(step)
+    if not folder.is_dir():
+        return False
     if not checksums.exists():
         logging.warning(
             "Checkpoint of step %d in %s has no checksums: it is used unverified.", step, folder
         )
-        return folder.is_dir()
+        return True
     try:
         expected, found = json.loads(checksums.read_text()), _hashes(folder)
         if not isinstance(expected, dict):
@@ -356,9 +359,9 @@ def _is_whole(workdir: Path, step: int) -> bool:
     except ValueError:
         logging.warning("Checkpoint of step %d: %s is damaged.", step, checksums)
         return False
-    except FileNotFoundError:
-        found = {}
-    if not found and not folder.is_dir():
+    except FileNotFoundError:  # it went while it was read
+        return False
+    if not folder.is_dir():
         return False
     for name, digest in expected.items():
         if found.get(name) != digest:

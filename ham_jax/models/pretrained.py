@@ -494,16 +494,17 @@ def _described(config: Path, source: str, model_name: str) -> dict[str, tuple[fl
     described = content.get("pretrained_cfg") or {}
     if not isinstance(described, dict):
         raise InputError(f"{config}: pretrained_cfg = {described!r} must be an object.")
-    found = {key: described[key] for key in ("mean", "std") if key in described}
-    for key, value in found.items():
+    found = {}
+    for key in {"mean", "std"} & described.keys():
         try:
-            channels = np.array(value, np.float64)
-            fits = channels.shape == (3,) and np.isfinite(channels).all()
+            channels = np.array(described[key], np.float64)
         except (TypeError, ValueError):
-            fits = False
+            channels = np.array(np.nan)
+        fits = channels.shape == (3,) and np.isfinite(channels).all()
         if not fits or (key == "std" and channels.min() <= 0):
             raise InputError(
-                f"{config}: pretrained_cfg.{key} = {value!r} must be three numbers, one a colour"
-                f"{', above 0' if key == 'std' else ''}."
+                f"{config}: pretrained_cfg.{key} = {described[key]!r} must be three numbers, one"
+                f" per colour{', above 0' if key == 'std' else ''}."
             )
-    return {key: tuple(value) for key, value in found.items()}
+        found[key] = tuple(channels.tolist())
+    return found
