@@ -328,16 +328,20 @@ def test_an_ensembles_decisions_are_those_that_eval_measured(tmp_path):
     ("name", "content", "answer"),
     [
         ("predictions.csv", "image_id,truth\n", "it lacks"),
-        ("predictions.csv", "image_id,lesion_id,truth," + ",".join(CLASSES) + "\n", "no images"),
         (
             "predictions.csv",
-            "image_id,lesion_id,truth," + ",".join(CLASSES) + "\na,b,nv,nan,0,0,0,0,1,0\n",
+            "image_id,lesion_id,truth," + ",".join(CLASSES) + "\n",
+            "a header only",
+        ),
+        (
+            "predictions.csv",
+            "image_id,lesion_id,truth," + ",".join(CLASSES) + "\na,b,nv,0.1,0,0,0,0,1,0\n",
             "sum to 1",
         ),
         (
             "predictions.csv",
             "image_id,lesion_id,truth," + ",".join(CLASSES) + "\n" + "a,b,nv,0,0,0,0,0,1,0\n" * 2,
-            "twice",
+            "line 3: a is in line 2 already",
         ),
         ("metrics.json", "{", "metrics.json is damaged"),
         ("metrics.json", '{"num_images": 3}', "different evaluations"),
