@@ -55,7 +55,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def write_start(workdir: Path, step: int) -> None:
-    """Adds to starts.jsonl what this process runs with: all that numbers depend on but the config.
+    """Adds to starts.jsonl what this process runs with, beside the configuration.
 
     Args:
       workdir: of the run.
