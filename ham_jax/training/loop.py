@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -263,34 +264,44 @@ def _read_run(folder: Path) -> dict[str, np.ndarray]:
 
 
 def refuse_seen(source: str, judged: pd.DataFrame) -> None:
-    """Checks that the run whose weights are taken did not train on what is to be judged.
+    """Checks that no run behind the weights that are taken trained on what is to be judged.
+
+    That run may have started from another's weights, and so on: each is asked.
 
     Args:
       source: `model.pretrained`; anything but a run's folder passes.
       judged: one row an image, with the columns `image_id` and `lesion_id`.
 
     Raises:
-      InputError: it did.
+      InputError: one of them did.
     """
-    folder = Path(source)
-    if not checkpoints.has_checkpoints(folder):
-        return
-    file = folder / checkpoints.SPLIT
-    if not file.exists():
-        logging.warning(
-            "model.pretrained = %r does not say which lesions it trained on (%s is missing): if any"
-            " validates here, the results are too good to be true.",
-            source,
-            file,
-        )
-        return
-    num_seen = splits.trained_on(file, judged).sum()
-    if num_seen:
-        raise InputError(
-            f"model.pretrained = {source!r} was trained on lesions of {num_seen} of the"
-            f" {len(judged)} images that validate here: results would be too good to be true."
-            f" Train on its split (--config.data.split_csv={file}), or take other weights."
-        )
+    at, asked = source, set()
+    while at and checkpoints.has_checkpoints(folder := Path(at)) and folder.resolve() not in asked:
+        asked.add(folder.resolve())  # folders that were trained again may form a ring
+        by_way_of = "" if at == source else f", which started from {at!r},"
+        file, run = folder / checkpoints.SPLIT, folder / "config.json"
+        missing = [str(path) for path in (file, run) if not path.exists()]
+        if missing:
+            _warn_of_unknown(source, f"{' and '.join(missing)} missing")
+        if file.exists() and (num_seen := splits.trained_on(file, judged).sum()):
+            raise InputError(
+                f"model.pretrained = {source!r}{by_way_of} was trained on lesions of {num_seen} of"
+                f" the {len(judged)} images that validate here: results would be too good to be"
+                f" true. Train on its split (--config.data.split_csv={file}), or take other"
+                " weights."
+            )
+        at = json.loads(run.read_text())["model"]["pretrained"] if run.exists() else None
+    if at and at != source and ":" not in at and not Path(at).exists():
+        _warn_of_unknown(source, f"it started from {at!r}, which is not here")
+
+
+def _warn_of_unknown(source: str, why: str) -> None:
+    logging.warning(
+        "model.pretrained = %r does not say which lesions it trained on (%s): if any validates"
+        " here, the results are too good to be true.",
+        source,
+        why,
+    )
 
 
 def _most_together(config: ml_collections.ConfigDict, feed: str) -> int:

@@ -327,9 +327,20 @@ def test_a_run_that_trained_on_what_validates_lends_no_weights(tiny, one_device,
     ids = [pd.read_csv(folder / "predictions.csv")["image_id"] for folder in (first, second)]
     pd.testing.assert_series_equal(*ids)
 
+    # The second run trains on no more, but what the first one saw, it carries on.
+    unused = split.assign(split=split["split"].replace("train", "unused"))
+    unused.to_csv(second / "split.csv", index=False)
+    with pytest.raises(InputError, match=f"started from '{first}'.*too good to be true"):
+        loop.refuse_seen(str(second), split)
+    loop.refuse_seen(str(second), split[split["split"] == "val"])
+    assert not caplog.text
+
     (first / "split.csv").unlink()  # a run of an earlier version
-    loop.refuse_seen(str(first), split)
-    assert "does not say which lesions it trained on" in caplog.text
+    loop.refuse_seen(str(second), split)
+    assert f"{first}/split.csv missing" in caplog.text
+    first.rename(tmp_path / "away")
+    loop.refuse_seen(str(second), split)
+    assert f"it started from '{first}', which is not here" in caplog.text
 
 
 def test_the_weights_that_a_run_was_judged_by_are_lent(tiny, one_device, tmp_path):
