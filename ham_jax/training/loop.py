@@ -275,11 +275,13 @@ def refuse_seen(source: str, judged: pd.DataFrame) -> None:
     Raises:
       InputError: one of them did.
     """
-    at, asked = source, set()
-    while at and checkpoints.has_checkpoints(folder := Path(at)) and folder.resolve() not in asked:
-        asked.add(folder.resolve())  # folders that were trained again may form a ring
-        by_way_of = "" if at == source else f", which started from {at!r},"
+    at, asked = source, set()  # folders that were trained again may form a ring
+    while at and (folder := Path(at)).resolve() not in asked:
         file, run = folder / checkpoints.SPLIT, folder / "config.json"
+        if not (file.exists() or checkpoints.has_checkpoints(folder)):  # no run
+            break
+        asked.add(folder.resolve())
+        by_way_of = "" if at == source else f", which started from {at!r},"
         missing = [str(path) for path in (file, run) if not path.exists()]
         if missing:
             _warn_of_unknown(source, f"{' and '.join(missing)} missing")

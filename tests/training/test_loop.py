@@ -330,11 +330,13 @@ def test_a_run_that_trained_on_what_validates_lends_no_weights(tiny, one_device,
     # The second run trains on no more, but what the first one saw, it carries on.
     unused = split.assign(split=split["split"].replace("train", "unused"))
     unused.to_csv(second / "split.csv", index=False)
+    saved = (first / "checkpoints").rename(tmp_path / "saved")  # to make room
     with pytest.raises(InputError, match=f"started from '{first}'.*too good to be true"):
         loop.refuse_seen(str(second), split)
     loop.refuse_seen(str(second), split[split["split"] == "val"])
     assert not caplog.text
 
+    saved.rename(first / "checkpoints")
     (first / "split.csv").unlink()  # a run of an earlier version
     loop.refuse_seen(str(second), split)
     assert f"{first}/split.csv missing" in caplog.text
