@@ -5,6 +5,7 @@ from pathlib import Path
 
 import ml_collections
 import numpy as np
+import pandas as pd
 
 from ham_jax import console, parallel
 from ham_jax.config import InputError
@@ -43,6 +44,11 @@ class Dataset:
                 " a data.split_csv may name one too."
             )
         return self.records, rows
+
+    def held_out(self) -> pd.DataFrame:
+        """Returns the table of what does not train: the images of val, test and test_dir."""
+        table = self.records.table[self.split != "train"]
+        return table if self.test_records is None else pd.concat([table, self.test_records.table])
 
 
 def prepare(config: ml_collections.ConfigDict) -> Dataset:

@@ -220,11 +220,36 @@ def trained_on(path: str | os.PathLike, table: pd.DataFrame) -> np.ndarray:
       path: of the run's split, as `write_csv` wrote it.
       table: one row an image, with the columns `image_id` and `lesion_id`.
     """
-    rows = pd.read_csv(path, dtype=str)
+    rows = _read_csv(path)
     trained = rows[rows["split"] == "train"]
     return (
         table["image_id"].isin(trained["image_id"]) | table["lesion_id"].isin(trained["lesion_id"])
     ).to_numpy()
+
+
+def moved(path: str | os.PathLike, table: pd.DataFrame, split: np.ndarray) -> np.ndarray:
+    """Returns which images of `table` a run had in another split, or did not have, bool [n].
+
+    Args:
+      path: of the run's split, as `write_csv` wrote it.
+      table: one row an image, with the column `image_id`.
+      split: str [n], as it is now.
+    """
+    before = _read_csv(path).set_index("image_id")["split"]
+    return before.reindex(table["image_id"]).to_numpy() != split
+
+
+def _read_csv(path: str | os.PathLike) -> pd.DataFrame:
+    """Returns what `write_csv` wrote.
+
+    Raises:
+      InputError: it is damaged.
+    """
+    try:
+        columns = ["image_id", "lesion_id", "split"]
+        return pd.read_csv(path, dtype=str, keep_default_na=False, usecols=columns)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as the split of a run: {error}") from error
 
 
 def _from_csv(table: pd.DataFrame, path: str) -> np.ndarray:

@@ -20,7 +20,7 @@ from ham_jax.config import InputError
 from ham_jax.data import feed, metadata, preprocess
 from ham_jax.data import prepare as preparation
 from ham_jax.data.ham10000 import Records
-from ham_jax.evaluation import bootstrap, isic, judgement, metrics, ood
+from ham_jax.evaluation import bootstrap, isic, judgement, lineage, metrics, ood
 
 Variables = Mapping[str, Any]
 """{'params', 'batch_stats'} as nested dicts"""
@@ -308,7 +308,7 @@ def run(
             f"--mode=eval of {len(members)} runs needs --output, the folder to write into."
         )
     datasets = [preparation.prepare(member.config) for member in members]
-    images = aligned(members, [data.select(split) for data in datasets], split)
+    images = select(members, datasets, split)
     fitted = [None if split == "val" else judgement.read(member.workdir) for member in members]
     own = output is None
     output = output or workdirs[0]
@@ -428,14 +428,16 @@ def tell_calibration(
     return fitted is not None
 
 
-def aligned(
-    members: Sequence[Trained], images: Sequence[tuple[Records, np.ndarray]], split: str
+def select(
+    members: Sequence[Trained], datasets: Sequence[preparation.Dataset], split: str
 ) -> list[tuple[Records, np.ndarray]]:
-    """Returns each member's records and its rows in the first member's order of images.
+    """Returns each member's records and its rows of a split in the first member's order of images.
 
     Raises:
-      InputError: members whose split holds other images.
+      InputError: no such images; members whose split holds other images; or, but for 'train', one
+        that was trained on them.
     """
+    images = [data.select(split) for data in datasets]
     ids = [pd.Index(records.table["image_id"].to_numpy()[rows]) for records, rows in images]
     aligned = []
     for member, own, (records, rows) in zip(members, ids, images, strict=True):
@@ -453,6 +455,8 @@ def aligned(
                 f" split {split!r}. {why}"
             )
         aligned.append((records, rows[place]))
+        if split != "train":
+            lineage.refuse_seen(str(member.workdir), records.table.iloc[rows], "--workdir")
     return aligned
 
 

@@ -118,8 +118,8 @@ def run(
         raise InputError(
             f"--mode=robustness of {len(members)} runs needs --output, the folder to write into."
         )
-    images = [preparation.prepare(member.config).select(split) for member in members]
-    images = evaluate.aligned(members, images, split)
+    datasets = [preparation.prepare(member.config) for member in members]
+    images = evaluate.select(members, datasets, split)
     config = members[0].config.eval
     records, rows = images[0]
     chosen = choose(records.table.iloc[rows], config.robustness_images)

@@ -12,7 +12,7 @@ import pandas as pd
 from ham_jax import checkpoints, console, parallel
 from ham_jax.config import InputError
 from ham_jax.data import prepare as preparation
-from ham_jax.evaluation import evaluate, judgement, metrics
+from ham_jax.evaluation import evaluate, judgement, lineage, metrics
 from ham_jax.training import loop
 
 
@@ -44,7 +44,7 @@ def train(
         raise InputError(f"--workdir={workdir} holds a single run; choose another --workdir.")
     records = preparation.prepare(config).records
     if config.model.pretrained:
-        loop.refuse_seen(config.model.pretrained, records.table)
+        lineage.refuse_seen(config.model.pretrained, records.table, "model.pretrained")
     num_folds = config.data.num_folds
     folders = [checkpoints.fold_folder(workdir, fold) for fold in range(num_folds)]
     folds = []

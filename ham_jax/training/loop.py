@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import functools
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,13 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-import pandas as pd
-from absl import logging
 
 from ham_jax import CLASSES, checkpoints, console, models, parallel
 from ham_jax import config as configuration
 from ham_jax.config import InputError
 from ham_jax.data import feed, metadata, splits
 from ham_jax.data import prepare as preparation
-from ham_jax.evaluation import evaluate
+from ham_jax.evaluation import evaluate, lineage
 from ham_jax.models import pretrained
 from ham_jax.training import losses, optim, step, telemetry
 
@@ -134,7 +131,7 @@ def train(
     records, rows = data.select("train")
     val_records, val_rows = data.select("val")
     if weights:
-        refuse_seen(config.model.pretrained, val_records.table.iloc[val_rows])
+        lineage.refuse_seen(config.model.pretrained, data.held_out(), "model.pretrained")
     labels = records.table["label"].to_numpy()[rows]
     plan = Plan.of(config, len(rows))
     codes = None
@@ -190,6 +187,15 @@ def train(
                     f" data.dir = {config.data.dir!r} now holds; then its training and validation"
                     " would mix. Give it the same ones, or choose another --workdir."
                 )
+            split_file = workdir / checkpoints.SPLIT
+            if split_file.exists():  # runs of an earlier version have none
+                num_moved = splits.moved(split_file, records.table, data.split).sum()
+                if num_moved:
+                    raise InputError(
+                        f"--workdir={workdir} was trained with {num_moved} images in another split"
+                        f" than now: its training and validation would mix. {split_file} says who"
+                        f" was where; restore that split, or choose another --workdir."
+                    )
         checkpoints.write_run_config(workdir, config)
         if parallel.is_main():
             data.audit.write(workdir)
@@ -261,49 +267,6 @@ def _read_run(folder: Path) -> dict[str, np.ndarray]:
     params, batch_stats, ema, meta, _ = checkpoints.load_for_inference(folder)
     use_ema = ema and meta["config"]["eval"]["weights"] != "raw"
     return pretrained.flatten(ema if use_ema else {"params": params, "batch_stats": batch_stats})
-
-
-def refuse_seen(source: str, judged: pd.DataFrame) -> None:
-    """Checks that no run behind the weights that are taken trained on what is to be judged.
-
-    That run may have started from another's weights, and so on: each is asked.
-
-    Args:
-      source: `model.pretrained`; anything but a run's folder passes.
-      judged: one row an image, with the columns `image_id` and `lesion_id`.
-
-    Raises:
-      InputError: one of them did.
-    """
-    at, asked = source, set()  # folders that were trained again may form a ring
-    while at and (folder := Path(at)).resolve() not in asked:
-        file, run = folder / checkpoints.SPLIT, folder / "config.json"
-        if not (file.exists() or checkpoints.has_checkpoints(folder)):  # no run
-            break
-        asked.add(folder.resolve())
-        by_way_of = "" if at == source else f", which started from {at!r},"
-        missing = [str(path) for path in (file, run) if not path.exists()]
-        if missing:
-            _warn_of_unknown(source, f"{' and '.join(missing)} missing")
-        if file.exists() and (num_seen := splits.trained_on(file, judged).sum()):
-            raise InputError(
-                f"model.pretrained = {source!r}{by_way_of} was trained on lesions of {num_seen} of"
-                f" the {len(judged)} images that validate here: results would be too good to be"
-                f" true. Train on its split (--config.data.split_csv={file}), or take other"
-                " weights."
-            )
-        at = json.loads(run.read_text())["model"]["pretrained"] if run.exists() else None
-    if at and at != source and ":" not in at and not Path(at).exists():
-        _warn_of_unknown(source, f"it started from {at!r}, which is not here")
-
-
-def _warn_of_unknown(source: str, why: str) -> None:
-    logging.warning(
-        "model.pretrained = %r does not say which lesions it trained on (%s): if any validates"
-        " here, the results are too good to be true.",
-        source,
-        why,
-    )
 
 
 def _most_together(config: ml_collections.ConfigDict, feed: str) -> int:

@@ -93,7 +93,10 @@ def tiny_test(tmp_path_factory):
     folder = tmp_path_factory.mktemp("synthetic") / "test"
     synthetic.write(folder, 60, 1)
     metadata = folder / "HAM10000_metadata.csv"
-    metadata.write_text(metadata.read_text().replace("HAM_", "HAM_test_"))
+    text = metadata.read_text().replace("HAM_", "HAM_test_").replace("ISIC_00", "ISIC_99")
+    metadata.write_text(text)
+    for photograph in list(folder.rglob("ISIC_00*")):
+        photograph.rename(photograph.with_name(photograph.name.replace("ISIC_00", "ISIC_99")))
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -309,7 +310,7 @@ def test_other_photographs_than_before_are_refused(tiny, one_device, tmp_path, m
     assert config_file.read_text() == before
 
 
-def test_a_run_that_trained_on_what_validates_lends_no_weights(tiny, one_device, tmp_path, caplog):
+def test_a_run_that_trained_on_what_validates_lends_no_weights(tiny, one_device, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     tiny.train.duration = {"steps": 2}
     loop.train(tiny, first, one_device, StopAfter())
@@ -327,22 +328,33 @@ def test_a_run_that_trained_on_what_validates_lends_no_weights(tiny, one_device,
     ids = [pd.read_csv(folder / "predictions.csv")["image_id"] for folder in (first, second)]
     pd.testing.assert_series_equal(*ids)
 
-    # The second run trains on no more, but what the first one saw, it carries on.
-    unused = split.assign(split=split["split"].replace("train", "unused"))
-    unused.to_csv(second / "split.csv", index=False)
-    saved = (first / "checkpoints").rename(tmp_path / "saved")  # to make room
-    with pytest.raises(InputError, match=f"started from '{first}'.*too good to be true"):
-        loop.refuse_seen(str(second), split)
-    loop.refuse_seen(str(second), split[split["split"] == "val"])
-    assert not caplog.text
+    # What the first one trained on can be no test either, but for one lesion that trains on.
+    again = split["lesion_id"] == split["lesion_id"][split["split"] == "train"].iloc[0]
+    tested = (split["split"] == "train") & ~again
+    mixed = split.assign(split=split["split"].mask(tested, "test"))
+    mixed.to_csv(tmp_path / "mixed.csv", index=False)
+    tiny.data.split_csv = str(tmp_path / "mixed.csv")
+    with pytest.raises(InputError, match="too good to be true"):
+        loop.train(tiny, tmp_path / "third", one_device, StopAfter())
 
-    saved.rename(first / "checkpoints")
-    (first / "split.csv").unlink()  # a run of an earlier version
-    loop.refuse_seen(str(second), split)
-    assert f"{first}/split.csv missing" in caplog.text
-    first.rename(tmp_path / "away")
-    loop.refuse_seen(str(second), split)
-    assert f"it started from '{first}', which is not here" in caplog.text
+
+def test_a_split_that_changed_meanwhile_is_refused(tiny, one_device, tmp_path):
+    run = tmp_path / "run"
+    tiny.train.duration = {"steps": 2}
+    loop.train(tiny, tmp_path / "other", one_device, StopAfter())
+    given = tmp_path / "mine.csv"
+    shutil.copy(tmp_path / "other" / "split.csv", given)
+    tiny.data.split_csv = str(given)
+    loop.train(tiny, run, one_device, StopAfter())
+    split = pd.read_csv(given)
+    kept = [(run / name).read_bytes() for name in ("split.csv", "calibration.json")]
+    swapped = split["split"].map({"train": "val", "val": "train"})
+    split.assign(split=swapped).to_csv(given, index=False)
+    with pytest.raises(InputError, match=f"{len(split)} images in another split"):
+        loop.train(tiny, run, one_device, StopAfter())
+    with pytest.raises(InputError, match="too good to be true"):
+        evaluate.run([run], "val", [], one_device)
+    assert kept == [(run / name).read_bytes() for name in ("split.csv", "calibration.json")]
 
 
 def test_the_weights_that_a_run_was_judged_by_are_lent(tiny, one_device, tmp_path):
