@@ -142,7 +142,7 @@ def run(
         table = find_metadata(images, len(paths))
         codes = metadata.encode(table)
         metadata.announce(table)
-        _tell_missing(codes)
+        _tell_missing(codes, [name for name in _METADATA_COLUMNS if name not in table])
     canvases = [tuple(member.config.data.canvas) for member in members]
     detectors = [evaluate.saved_detector(member) for member in members]
     answers = np.empty((len(members), len(paths), len(CLASSES)))
@@ -311,8 +311,13 @@ def _from_csv(path: Path) -> list[Path]:
 
 def _rows(path: Path) -> tuple[list[dict[str, str]], str]:
     """Returns the rows of a CSV that name a photograph, and the column that does."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+            rows = list(reader)
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise InputError(f"--images={path} cannot be read as a CSV in UTF-8: {error}.") from error
     names = rows[0].keys() if rows else ()
     column = next((name for name in _PATH_COLUMNS if name in names), None)
     if column is None:
@@ -337,13 +342,15 @@ def _years(text: str) -> float:
     return age
 
 
-def _tell_missing(codes: np.ndarray) -> None:
+def _tell_missing(codes: np.ndarray, absent: Sequence[str]) -> None:
     num_without = int((codes == metadata.MISSING).all(1).sum())
     if num_without and parallel.is_main():
         console.log_line(
             f"The network also takes age, sex and site, which {num_without} of {len(codes)}"
             " photographs come without: give a CSV with columns path, age, sex, localization."
         )
+    if 0 < len(absent) < len(_METADATA_COLUMNS) and parallel.is_main():
+        console.log_line(f"--images has no column for {', '.join(absent)}: they count as unknown.")
 
 
 def _write(output: Path, paths, rows: Mapping[int, _Answer], errors) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
@@ -44,6 +45,8 @@ _DAMAGED = (
     TypeError,
     EOFError,
     RuntimeError,
+    AttributeError,  # a number format that numpy does not have, such as float8
+    KeyError,
     zipfile.BadZipFile,
     zlib.error,
     SafetensorError,
@@ -284,13 +287,15 @@ def convert(
         "batch_stats/normalize/mean": np.array(source.mean or family.MEAN),
         "batch_stats/normalize/std": np.array(source.std or family.STD),
     }
-    wrong = {}
+    wrong, broken = {}, {}
     for path, name in names.items():
         if name in tensors:
             value = _as_ours(tensors[name], len(likes[path].shape), own=path == name)
             values[path] = value
             if value.shape != likes[path].shape:
                 wrong[path] = f"{name} {tensors[name].shape} for {path} {likes[path].shape}"
+            elif not _is_finite(value):
+                broken[path] = name
     missing = {
         path: f"{name or '?'} for {path}" for path, name in names.items() if path not in values
     }
@@ -310,6 +315,7 @@ def convert(
     lists = {
         "missing": [text for path, text in missing.items() if path not in fresh],
         "of another shape": [text for path, text in wrong.items() if path not in fresh],
+        "not of finite real numbers": [n for path, n in broken.items() if path in values],
         "left over": [name for name in tensors if name not in taken and name not in left],
     }
     if any(lists.values()):
@@ -338,6 +344,11 @@ def convert(
         ),
     )
     return filled["params"], filled["batch_stats"], report
+
+
+def _is_finite(value: np.ndarray) -> bool:
+    real = any(jnp.issubdtype(value.dtype, kind) for kind in (np.floating, np.integer))
+    return real and bool(np.isfinite(value.astype(np.float32)).all())
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
@@ -455,9 +466,14 @@ def _download(source: str, repository: str, name: str, revision: str) -> Path | 
             f"model.pretrained = {source!r} needs: pip install huggingface_hub"
         ) from None
     page = f"https://huggingface.co/{repository}"
+    version = revision or None
     try:
-        return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision or None))
+        return Path(huggingface_hub.hf_hub_download(repository, name, revision=version))
     except errors.LocalEntryNotFoundError as error:
+        # The cache also remembers which files a repository does not have.
+        cached = huggingface_hub.try_to_load_from_cache(repository, name, revision=version)
+        if cached is huggingface_hub._CACHED_NO_EXIST:
+            return None
         raise InputError(
             f"model.pretrained = {source!r}: the Hugging Face hub cannot be reached and {name} is"
             f" not in the cache. Download {' and '.join(('config.json', _FILES[0]))} from"

@@ -187,7 +187,8 @@ def test_images_by_file_folder_glob_and_csv(tmp_path):
     assert predict.find_images(str(tmp_path / "x")) == [one, two]
     assert predict.find_images(f"{tmp_path}/**/*.PNG") == [two]
     assert predict.find_images(str(tmp_path / "list.csv")) == [one]
-    for nothing in ("nope.jpg", "bad.csv", "*.tiff"):
+    (tmp_path / "excel.csv").write_bytes("path\nFötö.jpg\n".encode("latin-1"))
+    for nothing in ("nope.jpg", "bad.csv", "*.tiff", "excel.csv"):
         with pytest.raises(InputError, match="--images="):
             predict.find_images(str(tmp_path / nothing))
 
@@ -209,6 +210,10 @@ def test_metadata_count_where_the_network_takes_them_and_only_there(
 
     np.testing.assert_array_equal(probabilities(trained_with_metadata, about), evaluated)
     assert "come without" not in capsys.readouterr().err
+    named = about.rename(columns={"age": " Age", "sex": "SEX", "path": "Path"})
+    np.testing.assert_array_equal(probabilities(trained_with_metadata, named), evaluated)
+    probabilities(trained_with_metadata, about.rename(columns={"age": "years"}))
+    assert "no column for age" in capsys.readouterr().err
     older = about.assign(age=about["age"] + 30)
     known = about["age"].notna().to_numpy()
     moved = np.abs(probabilities(trained_with_metadata, older) - evaluated).max(1)

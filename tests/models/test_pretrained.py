@@ -219,12 +219,15 @@ def test_every_tensor_that_does_not_fit_is_named(tmp_path):
     del tensors["layer2.0.conv1.weight"], tensors["bn1.running_var"]
     tensors["layer1.0.conv1.weight"] = np.zeros((64, 64, 1, 1), np.float32)
     tensors["layer9.weight"] = np.zeros(3, np.float32)
+    tensors["bn1.weight"] = np.full_like(tensors["bn1.weight"], np.nan)
+    tensors["bn1.bias"] = tensors["bn1.bias"].astype(np.complex64)
     text = faults(tensors, tmp_path)
     assert "2 missing: " in text
     for expected in (
         "layer2.0.conv1.weight for params/backbone/stage2/block0/conv1/kernel",
         "bn1.running_var for batch_stats/backbone/stem/norm/var",
         "1 of another shape: layer1.0.conv1.weight (64, 64, 1, 1)",
+        "2 not of finite real numbers: bn1.bias, bn1.weight.",
         "1 left over: layer9.weight.",
     ):
         assert expected in text
@@ -268,6 +271,22 @@ class TestHub:
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
         with pytest.raises(InputError, match=r"cannot be reached.*huggingface.co/timm/.*its path"):
             pretrained.find("hf:timm/resnet50.a1_in1k", "resnet50")
+
+    def test_offline_a_cached_repository_without_safetensors(self, tmp_path, monkeypatch):
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        repository, commit = tmp_path / "models--timm--old", "0" * 40
+        for name in (
+            "refs/main",
+            f"snapshots/{commit}/config.json",
+            f"snapshots/{commit}/pytorch_model.bin",
+            f".no_exist/{commit}/model.safetensors",
+        ):
+            (repository / name).parent.mkdir(parents=True, exist_ok=True)
+            (repository / name).write_text(commit if name == "refs/main" else "{}")
+        assert pretrained.find("hf:timm/old", "resnet18").file.name == "pytorch_model.bin"
 
     def test_a_name_that_no_repository_has(self):
         with pytest.raises(InputError, match="hf:a/b/c"):
@@ -427,6 +446,14 @@ def test_a_flipped_byte_and_another_format_are_damage(tmp_path):
     with file.open("wb") as npy:
         np.save(npy, np.zeros(3))
     with pytest.raises(InputError, match=r"x\.npz cannot be read"):
+        pretrained.read(file)
+
+
+def test_a_number_format_that_numpy_lacks_is_named(tmp_path):
+    header = json.dumps({"x": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + b"ab")
+    with pytest.raises(InputError, match=f"{file} cannot be read"):
         pretrained.read(file)
 
 
