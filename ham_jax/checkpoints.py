@@ -3,15 +3,20 @@
 `<workdir>/checkpoints/<step>` is one committed step: `model` (params, batch_stats, ema),
 `progress` (step, opt_state), `meta` (JSON: what rebuilds the run) and its metrics. Orbax writes it
 under a temporary name and renames it. `<workdir>/checksums/<step>.json` holds the SHA-256 of each
-of its files, for Orbax restores a flipped bit without a word.
+of its files, for Orbax restores a flipped bit without a word. `<workdir>/.lock` says which job
+trains there.
 """
 
+import contextlib
+import errno
+import glob
 import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,7 @@ import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from ham_jax import config as configuration
@@ -33,9 +39,24 @@ METRIC = "val/balanced_accuracy"
 _MODEL = ("params", "batch_stats", "ema")
 _NO_METRIC = -1.0  # of a step that was not evaluated: below any balanced accuracy
 _NONE = -1  # where processes agree on a step and there is none
+_SPARE_BYTES = 1 << 20  # for a checkpoint's metadata
 _TEMPORARY = ocp.utils.TMP_DIR_SUFFIX
 # Orbax adds the time to it when it renames the folder; restoring does not depend on it.
 _TIME_STAMPED = "_CHECKPOINT_METADATA"
+
+
+_MERGED = "manifest.ocdbt"  # what makes one array store of all processes' files
+
+
+class _Literal(type(epath.Path())):
+    """A path whose every character means itself, also where Orbax looks for files below it.
+
+    Orbax globs the absolute path of a checkpoint. Of a folder `a[1]` it would find nothing, leave
+    out the merging of the processes' files, and commit what cannot be read.
+    """
+
+    def glob(self, pattern: str) -> Iterator["_Literal"]:
+        return map(self._new, glob.glob(os.path.join(glob.escape(os.fspath(self)), pattern)))
 
 
 class Checkpoints:
@@ -76,7 +97,7 @@ class Checkpoints:
             )
         policies = checkpoint_managers
         self._manager = ocp.CheckpointManager(
-            self._folder,
+            _Literal(self._folder),
             options=ocp.CheckpointManagerOptions(
                 # Without best_fn, BestN would not know earlier steps' metrics after a restart.
                 best_fn=lambda metrics: metrics[METRIC],
@@ -94,7 +115,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._manager.close()
+        with self._telling():
+            self._manager.close()
 
     def save(
         self, step: int, state: State, metrics: Mapping[str, float] | None, meta: Mapping[str, Any]
@@ -106,23 +128,54 @@ class Checkpoints:
           state: `step`, `params`, `batch_stats`, `opt_state`, `ema`, on the mesh.
           metrics: of this state, with `METRIC`; None if it was not evaluated.
           meta: what JSON can hold.
+
+        Raises:
+          InputError: the disk is full, or fails; also for an earlier save.
         """
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardSave({name: state[name] for name in _MODEL}),
-                progress=ocp.args.StandardSave(
-                    {name: state[name] for name in state if name not in _MODEL}
+        self.check_space(state)
+        with self._telling():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    model=ocp.args.StandardSave({name: state[name] for name in _MODEL}),
+                    progress=ocp.args.StandardSave(
+                        {name: state[name] for name in state if name not in _MODEL}
+                    ),
+                    meta=ocp.args.JsonSave(dict(meta)),
                 ),
-                meta=ocp.args.JsonSave(dict(meta)),
-            ),
-            metrics={METRIC: _NO_METRIC if metrics is None else metrics[METRIC]},
-            force=True,
-        )
+                metrics={METRIC: _NO_METRIC if metrics is None else metrics[METRIC]},
+                force=True,
+            )
 
     def wait(self) -> None:
-        """Returns when everything saved is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything saved is on disk.
+
+        Raises:
+          InputError: the disk is full, or fails.
+        """
+        with self._telling():
+            self._manager.wait_until_finished()
+
+    def check_space(self, state: State) -> None:
+        """Checks that one more checkpoint has room on the disk and in the user's quota.
+
+        Raises:
+          InputError: it has not.
+        """
+        num_bytes = _SPARE_BYTES + sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        parallel.on_main(lambda: _reserve(self._folder, num_bytes))
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Turns what Orbax raises for a disk that is full or fails into a sentence."""
+        try:
+            yield
+        except (OSError, ValueError) as error:  # ValueError is tensorstore's
+            of_system = re.search(r"os_error_code='(\d+)'", str(error))
+            if not of_system and not isinstance(error, OSError):
+                raise
+            why = os.strerror(int(of_system[1])) if of_system else error
+            raise InputError(_not_written(self._folder, why)) from error
 
     def latest(self) -> int | None:
         """Returns the newest step, None if there is none."""
@@ -189,6 +242,8 @@ class Checkpoints:
         folder.mkdir(exist_ok=True)
         for saved in self._folder.glob(f"*{_TEMPORARY}*"):
             hashes = _hashes(saved)
+            if unmerged := _unmerged(hashes):
+                raise RuntimeError(f"Orbax did not finish {saved}: {unmerged} is missing")
             hashes.pop(_TIME_STAMPED)
             files.write_json(folder / f"{saved.name.split('.')[0]}.json", hashes)
         current = {path.name.split(".")[0] for path in self._folder.iterdir()}
@@ -226,7 +281,7 @@ def load_for_inference(
             f"--workdir={workdir}: {'each' if len(steps) > 1 else 'this'} checkpoint is damaged;"
             " restore it from a copy, or train again."
         )
-    folder = workdir.absolute() / "checkpoints" / str(chosen)
+    folder = _Literal(_folder(workdir.absolute(), chosen))
     handler = ocp.PyTreeCheckpointHandler()
     as_numpy = jax.tree.map(
         lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(folder / "model").tree
@@ -254,7 +309,7 @@ def runs(workdir: Path) -> list[Path]:
     config = fold_folder(workdir, 0) / "config.json"
     if has_checkpoints(workdir) or not config.is_file():
         return [workdir]
-    num_folds = json.loads(config.read_text())["data"]["num_folds"]
+    num_folds = read_run_config(config.parent).data.num_folds
     return [fold_folder(workdir, fold) for fold in range(num_folds)]
 
 
@@ -267,16 +322,40 @@ def check_run_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
     """
     if fold_folder(workdir, 0).is_dir():
         raise InputError(f"--workdir={workdir} holds a cross-validation; choose another --workdir.")
-    file = workdir / "config.json"
-    if not file.exists():
+    if (workdir / "config.json").exists():
+        saved = read_run_config(workdir)
+    elif steps := _steps(workdir):  # it was lost; each checkpoint has a copy
+        meta = files.read_json(_folder(workdir, steps[0]) / "meta/metadata", "Remove that step.")
+        saved = configuration.from_dict(meta.get("config") or {})
+    else:
         return
-    saved = configuration.from_dict(json.loads(file.read_text()))
     differing = configuration.differences(saved, config)
     if differing:
         listed = [f"{key}: {old!r} there, {new!r} now." for key, (old, new) in differing.items()]
         raise InputError(
             [f"--workdir={workdir} holds another run; choose another --workdir.", *listed]
         )
+
+
+def read_run_config(workdir: Path) -> ml_collections.ConfigDict:
+    """Returns what `write_run_config` wrote.
+
+    Raises:
+      FileNotFoundError: there is no config.json.
+      InputError: it is damaged, or holds keys that this version does not have.
+    """
+    path = workdir / "config.json"
+    remedy = (
+        "Restore it from a copy. Where there is none, remove it: the command that started the run"
+        " makes it anew."
+    )
+    content = files.read_json(path, remedy)
+    try:
+        return configuration.from_dict(content)
+    except InputError as error:
+        raise InputError([f"{path} is no configuration of a run.", *error.faults]) from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {error}. {remedy}") from error
 
 
 def write_run_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
@@ -303,14 +382,19 @@ def _steps(workdir: Path) -> list[int]:
     return sorted((int(p.name) for p in folder.iterdir() if p.name.isdecimal()), reverse=True)
 
 
+def _folder(workdir: Path, step: int) -> Path:
+    return workdir / "checkpoints" / str(step)
+
+
 def _by_metric(workdir: Path, steps: list[int]) -> list[int]:
     """Returns steps, the best first and the later one of equals, as Orbax keeps them."""
 
     def key(step: int) -> tuple[float, int]:
         try:
-            text = (workdir / "checkpoints" / str(step) / "metrics/metrics").read_text()
-            return json.loads(text)[METRIC], step
-        except (OSError, ValueError):  # damaged, which verifying it will say
+            metrics = _folder(workdir, step) / "metrics/metrics"
+            return float(json.loads(metrics.read_text())[METRIC]), step
+        # Damaged, which verifying it will say.
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return _NO_METRIC, step
 
     return sorted(steps, key=key, reverse=True)
@@ -335,6 +419,70 @@ def _first_whole(workdir: Path, which: str | int) -> int:
     return _NONE
 
 
+@contextlib.contextmanager
+def claimed(workdir: Path) -> Iterator[None]:
+    """Keeps other jobs from training in a run's folder at the same time.
+
+    Raises:
+      InputError: another one does, or the folder has a name that no checkpoint can be under.
+    """
+    with contextlib.ExitStack() as held:
+
+        def claim() -> None:
+            _check_name(workdir)
+            held.enter_context(files.claimed(workdir / ".lock", f"--workdir={workdir}"))
+
+        parallel.on_main(claim)
+        yield
+
+
+def _check_name(workdir: Path) -> None:
+    """Refuses what tensorstore, which writes the arrays, cannot have in a path."""
+    text = os.fspath(workdir.absolute())
+    try:
+        text.encode()
+        what = {"\\": "a backslash", ":/": "a colon at the end of a folder's name"}
+        found = [name for part, name in what.items() if part in f"{text}/"]
+    except UnicodeEncodeError:
+        found = ["bytes that are not UTF-8"]
+    if found:
+        raise InputError(
+            f"--workdir={workdir}: checkpoints cannot be written where the path has {found[0]}."
+            " Name another folder."
+        )
+
+
+def _reserve(folder: Path, num_bytes: int) -> None:
+    """Takes that much of the disk for a moment, which also asks the user's quota."""
+    path = folder / ".space"
+    try:
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+        return
+    except (OSError, AttributeError) as error:  # AttributeError: macOS has no such function
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise InputError(_not_written(folder, error.strerror, num_bytes)) from error
+    finally:
+        path.unlink(missing_ok=True)
+    if shutil.disk_usage(folder).free < num_bytes:
+        raise InputError(_not_written(folder, os.strerror(errno.ENOSPC), num_bytes))
+
+
+def _not_written(folder: Path, why: Any, num_bytes: int = 0) -> str:
+    needed = f", {num_bytes / 1e6:,.0f} MB needed" if num_bytes else ""
+    return (
+        f"{folder}: a checkpoint could not be written ({why}{needed}). Make room, or let the folder"
+        " be written to; then the same command goes on from the last checkpoint that is whole."
+    )
+
+
+def _unmerged(names: Iterable[str]) -> str:
+    """Returns an item without its merged manifest among a step's files; '' where all have one."""
+    return next(
+        (n for n in (f"{i}/{_MERGED}" for i in ("model", "progress")) if n not in names), ""
+    )
+
+
 def _checksums(workdir: Path, step: int) -> Path:
     return workdir / "checksums" / f"{step}.json"
 
@@ -344,7 +492,7 @@ def _is_whole(workdir: Path, step: int) -> bool:
 
     Nothing is said of a step that is gone: the run that trains has replaced it by another.
     """
-    checksums, folder = _checksums(workdir, step), workdir / "checkpoints" / str(step)
+    checksums, folder = _checksums(workdir, step), _folder(workdir, step)
     if not folder.is_dir():
         return False
     if not checksums.exists():
@@ -356,12 +504,17 @@ def _is_whole(workdir: Path, step: int) -> bool:
         expected, found = json.loads(checksums.read_text()), _hashes(folder)
         if not isinstance(expected, dict):
             raise ValueError
-    except ValueError:
+    except (ValueError, RecursionError):
         logging.warning("Checkpoint of step %d: %s is damaged.", step, checksums)
         return False
     except FileNotFoundError:  # it went while it was read
         return False
     if not folder.is_dir():
+        return False
+    if unmerged := _unmerged(found):
+        logging.warning(
+            "Checkpoint of step %d is damaged: it was saved without %s.", step, folder / unmerged
+        )
         return False
     for name, digest in expected.items():
         if found.get(name) != digest:

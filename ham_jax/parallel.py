@@ -6,7 +6,9 @@ process p holds a contiguous run of each global batch's rows.
 
 import os
 import signal
+import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ham_jax import console
 from ham_jax.config import InputError
 
 _JOB_VARIABLES = ("HAM_JAX_NUM_PROCESSES", "HAM_JAX_PROCESS_ID", "HAM_JAX_COORDINATOR")
@@ -100,11 +103,26 @@ def _own_gpus_of_slurm() -> list[int] | None:
 def compile_cache() -> None:
     """Keeps compiled programs on disk, so that the second start is quick.
 
-    They lie in $JAX_COMPILATION_CACHE_DIR, or else in ham_jax/xla in the user's cache folder.
+    They lie in $JAX_COMPILATION_CACHE_DIR, or else in ham_jax/xla in the user's cache folder. Where
+    that cannot be written, as for a user without a home, a line says so and all goes on without.
     """
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "ham_jax" / "xla"))
+    given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        cache = Path(given) if given else Path(home) / "ham_jax" / "xla"
+        if "://" not in str(cache):  # JAX also takes a bucket
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=cache):
+                pass
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        jax.config.update("jax_enable_compilation_cache", False)
+        if is_main():
+            console.log_line(
+                f"Compiled programs are not kept ({error}): each start compiles them anew. Set"
+                " JAX_COMPILATION_CACHE_DIR to a folder that can be written."
+            )
+        return
+    jax.config.update("jax_compilation_cache_dir", str(given or cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -167,6 +185,18 @@ def broadcast(number: int) -> int:
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def on_main(check: Callable[[], None]) -> None:
+    """Runs a check on the main process; every process raises InputError where it does."""
+    error = None
+    if is_main():
+        try:
+            check()
+        except InputError as raised:
+            error = raised
+    if broadcast(int(error is not None)):
+        raise error or InputError("The main process has found the input wrong; it says why.")
 
 
 class Preemption:

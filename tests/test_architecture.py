@@ -42,9 +42,9 @@ BELOW = {
     "data": {"config", "files", "parallel", "console"},
     "checkpoints": {"config", "files", "parallel"},
     "models": {"config"},
-    "parallel": {"config"},
+    "parallel": {"config", "console"},
     "console": set(),
-    "files": set(),
+    "files": {"config"},
     "config": set(),
 }
 

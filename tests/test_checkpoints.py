@@ -1,5 +1,6 @@
 """What was saved comes back: on other devices, after damage, after a kill; the best is kept."""
 
+import json
 import os
 import shutil
 import signal
@@ -76,6 +77,69 @@ def test_a_state_returns_whole_on_other_devices(before, after, optimizer, with_e
     assert_equal((params, batch_stats, ema), (state["params"], state["batch_stats"], state["ema"]))
     assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves((params, batch_stats, ema)))
     assert (meta, step) == (META, 5)
+
+
+@pytest.mark.parametrize("name", ["a[1]", "[2024] x", "[!a]*?", "{b} #%20ü", "$x ~'\"&,:y"])
+def test_a_run_may_have_any_name(name, tmp_path, capfd):
+    run = tmp_path / name / "run"
+    with checkpoints.claimed(run):
+        save(run, {1: 0.5, 2: 0.4})
+    with checkpoints.Checkpoints(run) as saved:
+        assert_equal(saved.restore(None, state_of(0), mesh_of(8))[0], state_of(2))
+    params, *_, step = checkpoints.load_for_inference(run)
+    assert_equal(params, state_of(step)["params"])
+    assert step == 1
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["a\\b", "gs:", os.fsdecode(b"\xe9")])
+def test_a_name_that_cannot_be_written_under_is_refused(name, tmp_path):
+    with (
+        pytest.raises(InputError, match="Name another folder"),
+        checkpoints.claimed(tmp_path / name),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_orbax_did_not_finish_is_not_called_whole(three_steps, tmp_path, caplog):
+    run = tmp_path / "run"
+    shutil.copytree(three_steps, run)
+    (run / "checkpoints/3/model/manifest.ocdbt").unlink()
+    hashes = checkpoints._hashes(run / "checkpoints/3")
+    hashes.pop("_CHECKPOINT_METADATA")
+    (run / "checksums/3.json").write_text(json.dumps(hashes))  # as an earlier version wrote them
+    assert checkpoints.load_for_inference(run, "latest")[-1] == 2
+    assert "it was saved without" in caplog.text
+
+
+FULL = """
+    import resource, sys
+    from pathlib import Path
+    from ham_jax import checkpoints
+    sys.path.insert(0, "tests")
+    import test_checkpoints
+    test_checkpoints.save(Path(sys.argv[1]), {1: 0.5})
+    if sys.argv[2] == "within":
+        checkpoints._reserve = lambda *_: None
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
+    try:
+        test_checkpoints.save(Path(sys.argv[1]), {2: 0.9})
+    except checkpoints.InputError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("moment", ["before", "within"])
+def test_a_disk_that_takes_no_more_is_one_sentence(moment, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", textwrap.dedent(FULL), tmp_path, moment]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0
+    assert "a checkpoint could not be written (File too large" in ended.stdout
+    if moment == "before":
+        assert ended.stderr == ""
+    assert checkpoints.load_for_inference(tmp_path, "latest")[-1] == 1
 
 
 def test_the_newest_and_the_best_stay_also_over_a_restart(tmp_path):
@@ -290,6 +354,13 @@ def test_another_configuration_is_refused_with_both_values(tmp_path):
     checkpoints.check_run_config(tmp_path, c)
     c.optim.learning_rate = 0.7
     c.train.duration = {"steps": 3}
+    path = tmp_path / "config.json"
+    whole = path.read_text()
+    for damaged in ("", whole[:-20], "[]", '{"data": 3}', '{"seed": "x"}', "\0" * 40):
+        path.write_text(damaged)
+        with pytest.raises(InputError, match=f"{path} is"):
+            checkpoints.check_run_config(tmp_path, c)
+    path.write_text(whole)
     with pytest.raises(InputError) as refused:
         checkpoints.check_run_config(tmp_path, c)
     first, *keys = refused.value.faults

@@ -96,6 +96,38 @@ def test_mistakes_are_answered_at_once_all_together(arguments, answers, tmp_path
     assert time.monotonic() - start < 10  # nothing heavy is imported
 
 
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["--config={root}/configs/demo.py", "--workdir=taken"], "Not a directory"),
+        (["--config={root}/configs/demo.py", "--workdir=/proc/run"], "nothing can be written"),
+        (["--mode=predict", "--workdir=run", "--images=.", "--output=run"], "is a folder"),
+        (["--mode=predict", "--workdir=run", "--images=.", "--output=/dev/null"], "is a device"),
+        (["--mode=eval", "--workdir=run", "--output=/proc/out"], "nothing can be written"),
+        (["--mode=eval", "--workdir=run", "--output=taken"], "is a file"),
+        (["--mode=report", "--workdir=run", "--output=no/report.html"], "there is no folder no"),
+        (["--mode=eval", "--workdir=gs://bucket/run"], "is an address"),
+        (["--mode=predict", "--workdir=$NO/run", "--images=x"], "no variable NO"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(arguments, answer, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "taken").touch()
+    ended = ham_jax(*[a.format(root=ROOT) for a in arguments], cwd=tmp_path)
+    assert ended.returncode == 2
+    assert answer in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+    assert {path.name for path in tmp_path.rglob("*")} == {"run", "taken"}
+
+
+def test_a_system_that_fails_is_one_sentence(tmp_path):
+    """What no check foresees, such as a disk that fails, ends without a traceback, too."""
+    (tmp_path / "run/predictions.csv").mkdir(parents=True)
+    ended = ham_jax("--mode=compare", "--predictions", "run", "run", cwd=tmp_path)
+    assert "Traceback" not in ended.stderr
+    assert len(ended.stderr.splitlines()) <= 2
+
+
 def test_missing_photographs_are_answered_with_the_ways_out(tmp_path):
     config = ROOT / "configs/resnet.py"
     ended = ham_jax(f"--config={config}", "--config.data.dir=no/such", cwd=tmp_path)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import requests
 
+from ham_jax import files
 from ham_jax.config import InputError
 from ham_jax.data import ham10000
 
@@ -166,7 +167,7 @@ def download(
     except OSError as error:
         raise InputError(f"{folder}: nothing can be written there: {error}.") from error
     reasons = []
-    with ham10000.locked(folder / ".lock"):
+    with files.locked(folder / ".lock"):
         if _is_complete(folder, mirrors[what]):
             shutil.rmtree(unfinished)
             return False

@@ -9,10 +9,8 @@ Sources: Tschandl, Rosendahl and Kittler, Sci. Data 5, 180161 (2018), doi:10.791
 Codella et al., arXiv 1902.03368 (2019), for the challenge.
 """
 
-import contextlib
 import csv
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import io
@@ -35,7 +33,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.core import writer
 from tensorflow_datasets.proto import tf_example_pb2
 
-from ham_jax import CLASSES
+from ham_jax import CLASSES, files
 from ham_jax.config import InputError, nearest
 from ham_jax.data import image
 
@@ -232,7 +230,7 @@ def prepare(
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"data.prepared_dir = {str(prepared_dir)!r}: {error}.") from error
-    with locked(folder.parent / "lock"):
+    with files.locked(folder.parent / "lock"):
         if folder.is_dir():
             return folder
         for unfinished in folder.parent.glob(f"{folder.name}.incomplete*"):  # of a killed process
@@ -696,14 +694,6 @@ def _check_disk(folder: Path, num_bytes: int) -> None:
             f" {num_bytes / 1e9:.1f} GB. Make room, set data.prepared_dir to another disk, or"
             " choose a smaller data.canvas."
         )
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Lets one process at a time work; the others wait here."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released when closed, also by a crash
-        yield
 
 
 def _nothing(raw_dir: Path, found: str) -> str:

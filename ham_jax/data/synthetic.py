@@ -4,8 +4,8 @@ The pictures only resemble dermoscopy. Each class has typical shapes, colours an
 overlap with the others', so that a network must look at more than the mean colour.
 """
 
+import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import tempfile
@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ham_jax import CLASSES, files
+from ham_jax.config import InputError
 from ham_jax.data import image
 
 SIZE = (120, 160)  # height, width of a photograph in pixels
@@ -79,15 +80,17 @@ def write(folder: str | os.PathLike, num_images: int, seed: int) -> bool:
       Whether it was written now.
 
     Raises:
-      FileExistsError: the folder holds something else.
+      InputError: the folder holds something else.
     """
     folder = Path(folder)
     made_by = {"num_images": num_images, "seed": seed, "drawing_version": _DRAWING_VERSION}
     marker = folder / "synthetic.json"
-    if marker.exists() and json.loads(marker.read_text()) == made_by:
-        return False
-    if folder.exists() and any(folder.iterdir()) and not marker.exists():
-        raise FileExistsError(f"{folder} holds other files; give synthetic lesions a new folder")
+    if marker.exists():
+        with contextlib.suppress(InputError):  # damaged: they are drawn again
+            if files.read_json(marker, "") == made_by:
+                return False
+    elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"{folder} holds other files; give synthetic lesions a new folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         drawn = Path(temporary) / "drawn"

@@ -7,6 +7,7 @@ whole of it is fitted anew without each fold of lesions and applied to that fold
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ FILE = "calibration.json"
 Fitted = Mapping[str, Mapping[str, Any]]
 """{method: {'parameters': of `calibration.fit`, 'thresholds': of `decision.fit`}}"""
 
+_CHECKSUM = "sha256"  # of the rest: a changed digit of a threshold would look like any other
 _ON = {"step": "step", "tta": "eval.tta", "crop_scale": "eval.crop_scale", "weights": "weights"}
 
 
@@ -206,7 +208,7 @@ def write(workdir: Path, fitted: Fitted, fitted_on: Mapping[str, Any]) -> None:
         "methods": fitted,
         "note": DISCLAIMER,
     }
-    files.write_json(workdir / FILE, content)
+    files.write_json(workdir / FILE, {**content, _CHECKSUM: _checksum(content)})
 
 
 def read(workdir: Path) -> tuple[Fitted, dict[str, Any]] | None:
@@ -217,11 +219,15 @@ def read(workdir: Path) -> tuple[Fitted, dict[str, Any]] | None:
     """
     path = workdir / FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = files.read_json(path, how_to_make(workdir))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}. {how_to_make(workdir)}") from error
+    # Files of earlier versions have no checksum.
+    if content.pop(_CHECKSUM, None) not in (None, _checksum(content)):
+        raise InputError(
+            f"{path} has changed since it was written: its checksum is another."
+            f" {how_to_make(workdir)}"
+        )
     try:
         fitted = {method: content["methods"][method] for method in calibration.METHODS}
         same = content["classes"] == list(CLASSES) and content["levels"] == list(decision.LEVELS)
@@ -234,6 +240,12 @@ def read(workdir: Path) -> tuple[Fitted, dict[str, Any]] | None:
             f"{path} is none that this version of ham_jax writes. {how_to_make(workdir)}"
         )
     return fitted, fitted_on
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of what a file says, however it is laid out."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def how_to_make(workdir: Path) -> str:

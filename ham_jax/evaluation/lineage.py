@@ -1,13 +1,11 @@
 """What the weights of a run have seen: in its own training and in that of each run before it."""
 
-import json
 from pathlib import Path
 
 import pandas as pd
 from absl import logging
 
 from ham_jax import checkpoints
-from ham_jax import config as configuration
 from ham_jax.config import InputError
 from ham_jax.data import splits
 
@@ -42,16 +40,9 @@ def refuse_seen(source: str, judged: pd.DataFrame, key: str) -> None:
                 " says who was in which split: keep to it (in training data.split_csv reads it), or"
                 " take other weights."
             )
-        at = _started_from(run) if run.exists() else None
+        at = checkpoints.read_run_config(folder).model.pretrained if run.exists() else None
     if at and at != source and ":" not in at and not Path(at).exists():
         _warn_of_unknown(source, key, f"it started from {at!r}, which is not here")
-
-
-def _started_from(run: Path) -> str | None:
-    try:
-        return configuration.from_dict(json.loads(run.read_text())).model.pretrained
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{run} is no configuration of a run: {error}") from error
 
 
 def _warn_of_unknown(source: str, key: str, why: str) -> None:

@@ -302,10 +302,7 @@ def _commands(evidence: Evidence) -> dict[str, str]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError("it holds no object")
-    return content
+    return files.read_json(path, "Remove it, or make it anew with the command that made it.")
 
 
 def _read_predictions(path: Path) -> pd.DataFrame:

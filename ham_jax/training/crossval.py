@@ -42,6 +42,16 @@ def train(
     """
     if checkpoints.has_checkpoints(workdir):
         raise InputError(f"--workdir={workdir} holds a single run; choose another --workdir.")
+    with checkpoints.claimed(workdir):
+        return _train(config, workdir, mesh, preemption)
+
+
+def _train(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    mesh: jax.sharding.Mesh,
+    preemption: parallel.Preemption,
+) -> dict[str, Any]:
     records = preparation.prepare(config).records
     if config.model.pretrained:
         lineage.refuse_seen(config.model.pretrained, records.table, "model.pretrained")

@@ -122,6 +122,16 @@ def train(
       telemetry.NonFiniteLoss: training diverged; the last good checkpoint is kept.
     """
     checkpoints.check_run_config(workdir, config)
+    with checkpoints.claimed(workdir):
+        return _train(config, workdir, mesh, preemption)
+
+
+def _train(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    mesh: jax.sharding.Mesh,
+    preemption: parallel.Preemption,
+) -> dict[str, Any]:
     num_metadata = metadata.NUM_METADATA if config.model.metadata else 0
     network = models.build(config.model, len(CLASSES), num_metadata)
     weights = None
@@ -171,7 +181,6 @@ def train(
         )
         return numbers
 
-    workdir.mkdir(parents=True, exist_ok=True)
     meta = {
         "config": configuration.to_dict(config),
         "classes": list(CLASSES),
@@ -202,6 +211,7 @@ def train(
             splits.write_csv(workdir / checkpoints.SPLIT, records.table, data.split)
         start = int(state["step"])
         if start < plan.num_steps:
+            saved.check_space(state)
             if parallel.is_main():
                 telemetry.write_start(workdir, start)
                 _say_what(config, plan, start, len(rows), len(val_rows), mesh)

@@ -8,6 +8,7 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
 from ham_jax import CLASSES
+from ham_jax.config import InputError
 from ham_jax.data import ham10000, image, synthetic
 
 
@@ -31,7 +32,7 @@ def test_the_same_numbers_draw_the_same_files_and_are_drawn_once(tiny_raw, tmp_p
     assert [p.read_bytes() for p in a] != [p.read_bytes() for p in b]
     (tmp_path / "c").mkdir()
     (tmp_path / "c/mine.txt").touch()
-    with pytest.raises(FileExistsError, match="other files"):
+    with pytest.raises(InputError, match="other files"):
         synthetic.write(tmp_path / "c", 20, 0)
     assert [p.name for p in (tmp_path / "c").iterdir()] == ["mine.txt"]
 

@@ -116,8 +116,17 @@ def test_a_damaged_file_is_refused_with_the_way_out(tmp_path):
     labels, raw, groups = draw(30)
     path = tmp_path / judgement.FILE
     judgement.write(tmp_path, judgement.fit(labels, raw, groups), ABOUT)
-    whole = json.loads(path.read_text())
-    texts = [path.read_text()[:-40], "[]", "{}"]
+    text = path.read_text()
+    digits = [place for place, character in enumerate(text) if character.isdigit()]
+    texts = [text[:-40], "[]", "{}", ""]
+    changed = [text[:at] + str(9 - int(text[at])) + text[at + 1 :] for at in digits[::20]]
+    # A threshold like any other, but for the checksum. The last of 17 digits may say the same.
+    texts += [other for other in changed if json.loads(other) != json.loads(text)]
+    assert len(texts) > 30
+    whole = json.loads(text)
+    whole.pop("sha256")  # as an earlier version wrote it
+    path.write_text(json.dumps(whole))
+    assert judgement.read(tmp_path)[1] == ABOUT
     for key, value in (("classes", CLASSES[:6]), ("levels", [0.5]), ("methods", {"none": {}})):
         texts.append(json.dumps({**whole, key: value}))
     for text in texts:
