@@ -9,7 +9,6 @@ trains there.
 
 import contextlib
 import errno
-import glob
 import hashlib
 import itertools
 import json
@@ -25,12 +24,12 @@ import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from ham_jax import config as configuration
 from ham_jax import files, parallel
 from ham_jax.config import InputError
+from ham_jax.local_path import LocalPath
 
 State = dict[str, Any]
 
@@ -46,17 +45,6 @@ _TIME_STAMPED = "_CHECKPOINT_METADATA"
 
 
 _MERGED = "manifest.ocdbt"  # what makes one array store of all processes' files
-
-
-class _Literal(type(epath.Path())):
-    """A path whose every character means itself, also where Orbax looks for files below it.
-
-    Orbax globs the absolute path of a checkpoint. Of a folder `a[1]` it would find nothing, leave
-    out the merging of the processes' files, and commit what cannot be read.
-    """
-
-    def glob(self, pattern: str) -> Iterator["_Literal"]:
-        return map(self._new, glob.glob(os.path.join(glob.escape(os.fspath(self)), pattern)))
 
 
 class Checkpoints:
@@ -97,7 +85,7 @@ class Checkpoints:
             )
         policies = checkpoint_managers
         self._manager = ocp.CheckpointManager(
-            _Literal(self._folder),
+            LocalPath(self._folder),
             options=ocp.CheckpointManagerOptions(
                 # Without best_fn, BestN would not know earlier steps' metrics after a restart.
                 best_fn=lambda metrics: metrics[METRIC],
@@ -281,7 +269,7 @@ def load_for_inference(
             f"--workdir={workdir}: {'each' if len(steps) > 1 else 'this'} checkpoint is damaged;"
             " restore it from a copy, or train again."
         )
-    folder = _Literal(_folder(workdir.absolute(), chosen))
+    folder = LocalPath(_folder(workdir.absolute(), chosen))
     handler = ocp.PyTreeCheckpointHandler()
     as_numpy = jax.tree.map(
         lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(folder / "model").tree

@@ -39,12 +39,13 @@ BELOW = {
         "checkpoints",
     },
     "evaluation": {"config", "parallel", "console", "files", "data", "models", "checkpoints"},
-    "data": {"config", "files", "parallel", "console"},
-    "checkpoints": {"config", "files", "parallel"},
+    "data": {"config", "files", "parallel", "console", "local_path"},
+    "checkpoints": {"config", "files", "parallel", "local_path"},
     "models": {"config"},
     "parallel": {"config", "console"},
     "console": set(),
     "files": {"config"},
+    "local_path": set(),
     "config": set(),
 }
 
@@ -52,6 +53,7 @@ ONLY_IN = {
     "tensorflow": ["data/feed.py"],
     "tensorflow_datasets": ["data/ham10000.py"],
     "orbax": ["checkpoints.py"],
+    "etils": ["local_path.py"],
     "optax": ["training/losses.py", "training/optim.py", "training/step.py"],
     "flax": ["models/", "training/step.py"],
     "huggingface_hub": ["models/pretrained.py"],

@@ -244,3 +244,23 @@ def test_programs_are_kept_on_disk_without_a_word(variable, tmp_path):
         assert (ended.stdout.strip(), ended.stderr) == (str(folder), "")
         counts.append(sum(path.name.endswith("-cache") for path in folder.iterdir()))
     assert counts[0] == counts[1] > 0
+
+
+def test_without_a_home_or_a_cache_folder_all_goes_on(tmp_path, monkeypatch, capsys):
+    """A cluster's job may have no home, a container's a read-only one."""
+    options = ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
+    before = {name: getattr(jax.config, name) for name in options}
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    (tmp_path / "file").touch()
+    try:
+        for variables in ({"XDG_CACHE_HOME": str(tmp_path / "file")}, {"HOME": "/proc/nobody"}):
+            for name in ("XDG_CACHE_HOME", "HOME"):
+                monkeypatch.delenv(name, raising=False)
+            for name, value in variables.items():
+                monkeypatch.setenv(name, value)
+            parallel.compile_cache()
+            assert "Compiled programs are not kept" in capsys.readouterr().err
+            assert not jax.config.jax_enable_compilation_cache
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)

@@ -36,6 +36,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from ham_jax import CLASSES, files
 from ham_jax.config import InputError, nearest
 from ham_jax.data import image
+from ham_jax.local_path import LocalPath
 
 DECODER_VERSION = 2
 """Raise it when `image.load` gives other pixels for the same file: old records are then remade."""
@@ -237,7 +238,7 @@ def prepare(
             shutil.rmtree(unfinished)
         _check_disk(folder.parent, len(raw.sources) * _record_bytes(canvas))
         with tempfile.TemporaryDirectory() as unused:  # tfds insists on a folder for downloads
-            builder = Ham10000(data_dir=prepared_dir, config=config)
+            builder = Ham10000(data_dir=LocalPath(prepared_dir), config=config)
             builder.download_and_prepare(download_dir=unused, file_format="array_record")
     return folder
 
@@ -253,7 +254,7 @@ def open_records(folder: str | os.PathLike) -> Records:
         listed = f" Name one of: {', '.join(map(str, found))}." if found else ""
         raise InputError(f"{folder} holds {len(found)} sets of records, not one.{listed}")
     folder = found[0]
-    builder = tfds.builder_from_directory(folder)
+    builder = tfds.builder_from_directory(LocalPath(folder))
     table = pd.read_csv(
         folder / "records.csv",
         dtype=dict.fromkeys(("image_id", "file_sha256", *COLUMNS), str)
