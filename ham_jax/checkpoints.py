@@ -355,7 +355,8 @@ def write_run_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
 def _nothing_there(workdir: Path) -> str:
     if not workdir.is_dir():
         return f"--workdir={workdir}: there is no such folder. Train first."
-    there = ", ".join(sorted(path.name for path in workdir.iterdir())[:10]) or "nothing"
+    names = sorted(path.name for path in workdir.iterdir() if not path.name.startswith("."))
+    there = ", ".join(names[:10]) or "nothing"
     return (
         f"--workdir={workdir} holds no checkpoint, but {there}. Name the folder of a training run,"
         " such as runs/resnet, or train first."

@@ -14,7 +14,7 @@ from ham_jax import checkpoints, config, models
 from ham_jax.config import InputError
 from ham_jax.data import metadata
 from ham_jax.evaluation import evaluate, metrics
-from ham_jax.training import loop, losses, optim, step, telemetry
+from ham_jax.training import crossval, loop, losses, optim, step, telemetry
 
 
 @pytest.fixture
@@ -290,6 +290,13 @@ def test_the_folder_of_another_run_is_refused(tiny, one_device, tmp_path):
     tiny.optim.learning_rate = 0.02
     with pytest.raises(InputError, match=r"optim\.learning_rate"):
         loop.train(tiny, tmp_path, one_device, StopAfter())
+
+
+def test_a_folder_that_another_job_trains_in_is_refused(tiny, one_device, tmp_path):
+    for train in (loop.train, crossval.train):
+        with checkpoints.claimed(tmp_path), pytest.raises(InputError, match="is in use: process"):
+            train(tiny, tmp_path, one_device, StopAfter())
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_other_photographs_than_before_are_refused(tiny, one_device, tmp_path, monkeypatch):
