@@ -11,6 +11,7 @@ import dataclasses
 import io
 import itertools
 import lzma
+import math
 import os
 import re
 import zipfile
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ham_jax.data import image
@@ -123,6 +125,18 @@ def number(text: str) -> float:
     if not _NUMBER.fullmatch(text):
         raise ValueError(f"{text!r} is not a number")
     return float(text.replace(",", "."))
+
+
+def numbers(column: pd.Series) -> np.ndarray:
+    """Returns the numbers of a column of texts, float64 [n]; nan where there is none."""
+
+    def parsed(text: str) -> float:
+        try:
+            return number(text)
+        except ValueError:
+            return math.nan
+
+    return column.map({text: parsed(text) for text in column.unique()}).to_numpy(np.float64)
 
 
 def image_id(name: str) -> str:
