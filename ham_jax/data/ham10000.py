@@ -52,24 +52,15 @@ TEST_IMAGES = (43, 93, 217, 44, 171, 908, 35)
 _LAST_TRAIN_ID = 34320  # ISIC_0034320; the challenge's validation and test images come after it
 # The published sets by their ids: training, the challenge's validation, its test.
 _SETS = pd.IntervalIndex.from_tuples([(24305, 34320), (34320, 34523), (34523, 36064)])
-_TABLE_SUFFIXES = (
-    "",
-    ".csv",
-    ".tab",
-    ".tsv",
-    ".txt",
-    ".xlsx",
-    ".xls",
-    ".ods",
-)  # the last: to say so
+_TABLES = ("", ".csv", ".tab", ".tsv", ".txt", ".xlsx", ".xls", ".ods")  # the last, to say so
 _WITHOUT_IMAGE = "ISIC_0035068"  # a row of the official test without a photograph, of weight 0
 _SHARD_BYTES = 128 << 20  # tfds holds a shard in memory while it writes it
 _SPLIT = "images"
 
 # What other layouts call our columns.
 _ALIASES = {
-    "image": "image_id",
     "isic_id": "image_id",
+    "image": "image_id",
     "age_approx": "age",
     "anatom_site_general": "localization",
     "diagnosis_confirm_type": "dx_type",
@@ -201,7 +192,7 @@ def find(raw_dir: str | os.PathLike, allow_partial: bool = False) -> RawData:
     Args:
       raw_dir: the folder.
       allow_partial: accept other counts than the published ones, photographs without metadata
-        (they are left out) and the reverse.
+        (they are left out) and the reverse, and the ISIC archive's other diagnoses (the same).
 
     Raises:
       InputError: with all that is missing from the data or wrong in its metadata.
@@ -215,7 +206,7 @@ def find(raw_dir: str | os.PathLike, allow_partial: bool = False) -> RawData:
         if name.suffix.lower() in image.SUFFIXES:
             if not name.stem.endswith(("_superpixels", "_segmentation")):
                 images.setdefault(tables.image_id(source.name), []).append(source)
-        elif name.suffix.lower() in _TABLE_SUFFIXES:
+        elif name.suffix.lower() in _TABLES:
             lists.append(source)
     rows, refused = _metadata(lists, allow_partial, faults)
     if rows is None:
@@ -539,7 +530,7 @@ def _metadata(
 def _layout(names: Sequence[str]) -> Callable | None:
     """Returns what makes rows with our columns of a table with these, or None."""
     names = set(names)
-    if {"image_id", "isic_id"} & names and "dx" in names:
+    if {"image_id", "isic_id", "image"} & names and "dx" in names:
         return _renamed
     if {"image", *CLASSES} <= names:
         return _from_one_hot
@@ -564,7 +555,7 @@ def _lacking(names: Sequence[str]) -> str:
     others = [name for name in names if name and name not in needed]
     told = f"has an {', '.join(found)}, but not" if found else "has not"
     told += f" the column{'s' * (len(missing) > 1)} {', '.join(missing)}. Its columns:"
-    told += f" {_some(map(repr, names), 12)}."
+    told += f" {_some((repr(name[:40]) for name in names), 12)}."
     for name in missing:
         near = difflib.get_close_matches(name, others, 1)
         near += [other for other in _SYNONYMS.get(name, ()) if other in others]
@@ -658,9 +649,11 @@ def _matched(
     if not rows["image_id"].isin(images.keys()).any():
         none = f"{raw_dir}: no image has a row of metadata ({_some(images)})."
         raise InputError([*faults, none])
-    by_image = rows.replace("", pd.NA).groupby("image_id")
-    faults += _conflicts(rows, by_image[list(COLUMNS)].nunique() > 1)
-    table = by_image[list(COLUMNS)].first().reset_index()
+    faults += _conflicts(rows)
+    repeated = rows["image_id"].duplicated(keep=False)
+    merged = rows[repeated].replace("", pd.NA).groupby("image_id")[list(COLUMNS)].first()
+    table = pd.concat([rows[~repeated], merged.reset_index()]).sort_values("image_id")
+    table = table[["image_id", *COLUMNS]].reset_index(drop=True)
     texts = table.columns.drop("age")
     table[texts] = table[texts].fillna("")
 
@@ -686,11 +679,12 @@ def _matched(
             " images could be both learnt and tested. Name each image's lesion in that column; for"
             " the ISIC challenge's training set add ISIC2018_Task3_Training_LesionGroupings.csv."
         )
-    per_lesion = table[table["lesion_id"] != ""].groupby("lesion_id")["dx"].unique()
+    pairs = table.loc[table["lesion_id"] != "", ["lesion_id", "dx"]].drop_duplicates()
+    mixed = pairs[pairs["lesion_id"].duplicated(keep=False)].groupby("lesion_id")["dx"]
     faults += [
-        f"lesion {lesion} has several diagnoses: {', '.join(sorted(per_lesion[lesion]))}."
+        f"lesion {lesion} has several diagnoses: {', '.join(sorted(several))}."
         " A lesion has one; correct dx or lesion_id."
-        for lesion in _first(per_lesion.index[per_lesion.str.len() > 1])
+        for lesion, several in _first(mixed)
     ]
 
     strangers = sorted(images.keys() - set(table["image_id"]) - {_WITHOUT_IMAGE})
@@ -728,17 +722,13 @@ def _matched(
     )
 
 
-def _conflicts(rows: pd.DataFrame, differs: pd.DataFrame) -> list[str]:
-    """Returns a fault for each image with several values, or one for tables that disagree.
-
-    Args:
-      rows: of `_metadata`.
-      differs: of each image, whether it has several values in each of COLUMNS.
-    """
+def _conflicts(rows: pd.DataFrame) -> list[str]:
+    """Returns a fault for each image with several values, or one for tables that disagree."""
+    rows = rows[rows["image_id"].duplicated(keep=False)].replace("", pd.NA)
     faults, counts, example, names = [], {}, "", set()
-    for column in differs.columns[differs.any()]:
-        told = rows[rows["image_id"].isin(differs.index[differs[column]])].replace("", pd.NA)
-        told = told.dropna(subset=column).sort_values("image_id", kind="stable")
+    for column in COLUMNS:
+        told = rows.dropna(subset=column).sort_values("image_id", kind="stable")
+        told = told[told.groupby("image_id")[column].transform("nunique") > 1]
         within = told.groupby(["image_id", "table"])[column].nunique() > 1
         within = set(within.index[within].get_level_values(0))
         for name in _first(sorted(within)):
@@ -842,9 +832,9 @@ def locked(path: Path) -> Iterator[None]:
 def _nothing(raw_dir: Path, found: str) -> str:
     return (
         f"No HAM10000 in {raw_dir.absolute()}: {found}. Looked for, at any depth and inside zips: a"
-        " table HAM10000_metadata (.csv or .tab), ISIC2018_Task3_*_GroundTruth.csv or the ISIC"
-        " archive's metadata.csv (image_id and dx are its least columns), and images"
-        " named by their image_id, such as ISIC_0024306.jpg. Three ways out:"
+        " table HAM10000_metadata (.csv or .tab), ISIC2018_Task3_*_GroundTruth.csv, the ISIC"
+        " archive's metadata.csv or another with the columns image_id and dx; and images named by"
+        " their image_id, such as ISIC_0024306.jpg. Three ways out:"
         " --config.data.download=true fetches them; --config.data.dir=PATH"
         " (--config.data.test_dir=PATH for the test) says where they are;"
         " --config=configs/demo.py needs no photographs."
