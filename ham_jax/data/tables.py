@@ -27,7 +27,8 @@ from ham_jax.data import image
 
 MAX_BYTES = 1 << 28
 """A larger table is refused: 1,000,000 rows of HAM10000's metadata are 57 MB."""
-MAX_CELLS = 50_000_000  # a zip bomb of commas is small, and its cells are not
+MAX_CELLS = 30_000_000  # cells of one letter are larger in memory than in the file
+MAX_LINES = 2_000_000
 
 _SAMPLE_BYTES = 1 << 16  # enough for the longest header that is published, of 2,353 columns
 _SAMPLE_ROWS = 50
@@ -261,6 +262,8 @@ def _records(text: str) -> Iterator[tuple[int, list[str]]]:
                     return
                 yield begins, cells
             begins = reader.line_num + num_skipped + 1
+            if begins > MAX_LINES:
+                raise TableError(f"it has more than {MAX_LINES:,} lines.")
     except csv.Error as error:
         raise TableError(f"line {begins}: {error}; is a quote never closed?") from error
 
@@ -269,7 +272,7 @@ def _table(text: str) -> Table:
     """Collects records under the header, which is the first."""
     records = _records(text)
     names = _names(next(records, (0, []))[1])
-    width, parts, lines, wrong = len(names), [], [], []
+    width, parts, lines, wrong, num_wrong = len(names), [], [], [], 0
     while part := list(itertools.islice(records, _PART_ROWS)):
         rows = []
         for line, cells in part:
@@ -278,7 +281,9 @@ def _table(text: str) -> Table:
             if len(cells) == width:
                 rows.append(cells)
                 lines.append(line)
-            else:
+                continue
+            num_wrong += 1
+            if num_wrong <= _MAX_FAULTS:
                 wrong.append(f"line {line}: {len(cells)} fields instead of {width}.")
         parts.append(_texts(rows, width))
         if len(lines) * width > MAX_CELLS:
@@ -290,9 +295,8 @@ def _table(text: str) -> Table:
             raise TableError(f"two columns are called {name!r} and differ; rename one of them.")
     is_first = [names.index(name) == i for i, name in enumerate(names)]
     texts = texts.set_axis(names, axis=1).loc[:, is_first]
-    if len(wrong) > _MAX_FAULTS:
-        more = f"{len(wrong) - _MAX_FAULTS:,} more lines are of a wrong length."
-        wrong = [*wrong[:_MAX_FAULTS], more]
+    if num_wrong > _MAX_FAULTS:
+        wrong.append(f"{num_wrong - _MAX_FAULTS:,} more lines are of a wrong length.")
     return Table(texts, lines, wrong)
 
 

@@ -145,6 +145,9 @@ def test_sizes_are_looked_at_before_and_while_reading(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "MAX_CELLS", 100)
     with pytest.raises(tables.TableError, match="more than 100 cells"):
         tables.read(b"a,b\n" + b",1\n" * 60)
+    monkeypatch.setattr(tables, "MAX_LINES", 100)
+    with pytest.raises(tables.TableError, match="more than 100 lines"):
+        tables.read(b"a,b\n" + b"\n" * 200)
 
 
 @pytest.mark.parametrize(
