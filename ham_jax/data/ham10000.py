@@ -1,19 +1,19 @@
 """Finds HAM10000 on disk in any of its published layouts, and makes records of it, once.
 
-A raw folder (photographs and metadata as Kaggle, Harvard Dataverse or the ISIC challenge give
-them, or one flat folder) becomes a TFDS data set: ArrayRecord files with each photograph as raw
-uint8 on one canvas, and `records.csv`, the metadata in record order. TensorFlow is not needed,
-neither to write nor to read. The same code reads the official ISIC 2018 Task 3 test set.
+A raw folder (photographs and metadata as Kaggle, Harvard Dataverse, the ISIC challenge or the ISIC
+archive give them, or one flat folder) becomes a TFDS data set: ArrayRecord files with each
+photograph as raw uint8 on one canvas, and `records.csv`, the metadata in record order. TensorFlow
+is not needed, neither to write nor to read. The same code reads the official ISIC 2018 Task 3 test
+set.
 
 Sources: Tschandl, Rosendahl and Kittler, Sci. Data 5, 180161 (2018), doi:10.7910/DVN/DBW86T;
 Codella et al., arXiv 1902.03368 (2019), for the challenge.
 """
 
-import csv
 import dataclasses
+import difflib
 import functools
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -22,7 +22,7 @@ import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -35,7 +35,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from ham_jax import CLASSES, files
 from ham_jax.config import InputError, nearest
-from ham_jax.data import image
+from ham_jax.data import image, metadata, tables
 from ham_jax.local_path import LocalPath
 
 DECODER_VERSION = 2
@@ -49,12 +49,47 @@ TRAIN_LESIONS = 7470
 TEST_IMAGES = (43, 93, 217, 44, 171, 908, 35)
 
 _LAST_TRAIN_ID = 34320  # ISIC_0034320; the challenge's validation and test images come after it
+# The published sets by their ids: training, the challenge's validation, its test.
+_SETS = pd.IntervalIndex.from_tuples([(24305, 34320), (34320, 34523), (34523, 36064)])
+_TABLES = ("", ".csv", ".tab", ".tsv", ".txt", ".xlsx", ".xls", ".ods")  # the last, to say so
 _WITHOUT_IMAGE = "ISIC_0035068"  # a row of the official test without a photograph, of weight 0
 _SHARD_BYTES = 128 << 20  # tfds holds a shard in memory while it writes it
 _SPLIT = "images"
 
-_ONE_HOT = tuple(name.upper() for name in CLASSES)
-_CONFIRMED = {  # the ISIC challenge's words for `dx_type`
+# What other layouts call our columns.
+_ALIASES = {
+    "isic_id": "image_id",
+    "image": "image_id",
+    "age_approx": "age",
+    "anatom_site_general": "localization",
+    "diagnosis_confirm_type": "dx_type",
+}
+_LEVELS = ("diagnosis", *(f"diagnosis_{n}" for n in range(1, 6)))  # the ISIC archive's
+_KNOWN = {"image_id", "isic_id", "image", "dx", *_LEVELS}
+_SYNONYMS = {  # names that are no misspelling
+    "image_id": ("image", "id", "file", "filename", "path"),
+    "dx": ("diagnosis", "label", "class", "target"),
+}
+_DIAGNOSES = {  # the ISIC archive's names of what the seven classes hold, and its old ones
+    name: dx
+    for dx, names in {
+        "akiec": (
+            *("solar or actinic keratosis", "actinic keratosis", "squamous cell carcinoma in situ"),
+            *("squamous cell carcinoma, nos", "squamous cell carcinoma"),
+        ),
+        "bcc": ("basal cell carcinoma",),
+        "bkl": (
+            *("pigmented benign keratosis", "benign keratosis", "seborrheic keratosis"),
+            *("solar lentigo", "lichen planus like keratosis", "lichenoid keratosis"),
+        ),
+        "df": ("dermatofibroma",),
+        "mel": ("melanoma, nos", "melanoma invasive", "melanoma in situ", "melanoma"),
+        "nv": ("nevus", "melanocytic nevus"),
+        "vasc": ("benign soft tissue proliferations - vascular", "vascular lesion"),
+    }.items()
+    for name in names
+}
+_CONFIRMED = {  # the ISIC challenge's and archive's words for `dx_type`
     "histopathology": "histo",
     "serial imaging showing no change": "follow_up",
     "single image expert consensus": "consensus",
@@ -156,7 +191,7 @@ def find(raw_dir: str | os.PathLike, allow_partial: bool = False) -> RawData:
     Args:
       raw_dir: the folder.
       allow_partial: accept other counts than the published ones, photographs without metadata
-        (they are left out) and the reverse.
+        (they are left out) and the reverse, and the ISIC archive's other diagnoses (the same).
 
     Raises:
       InputError: with all that is missing from the data or wrong in its metadata.
@@ -164,18 +199,19 @@ def find(raw_dir: str | os.PathLike, allow_partial: bool = False) -> RawData:
     raw_dir = Path(raw_dir)
     if not raw_dir.is_dir():
         raise InputError(_nothing(raw_dir, "there is no such folder"))
-    images, tables, faults = {}, [], []
+    images, lists, faults = {}, [], []
     for source in _files(raw_dir, faults):
         name = PurePosixPath(source.name)
         if name.suffix.lower() in image.SUFFIXES:
             if not name.stem.endswith(("_superpixels", "_segmentation")):
-                images.setdefault(name.stem, []).append(source)
-        elif name.suffix.lower() in ("", ".csv", ".tab", ".tsv", ".txt"):
-            tables.append(source)
-    rows = _metadata(tables, faults)
+                images.setdefault(tables.image_id(source.name), []).append(source)
+        elif name.suffix.lower() in _TABLES:
+            lists.append(source)
+    rows, refused = _metadata(lists, allow_partial, faults)
     if rows is None:
         found = f"it holds {len(images):,} images, but no table of metadata"
-        raise InputError(faults or _nothing(raw_dir, found if images else "it holds neither"))
+        nothing = _nothing(raw_dir, found if images else "it holds neither")
+        raise InputError([nothing, *faults, *_first(refused)])
     if not images:
         found = f"it holds metadata of {rows['image_id'].nunique():,} images, but no image"
         raise InputError([*faults, _nothing(raw_dir, found)])
@@ -441,93 +477,145 @@ def _sha256(source: Source) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _metadata(sources: list[Source], faults: list[str]) -> pd.DataFrame | None:
+def _metadata(
+    sources: list[Source], allow_partial: bool, faults: list[str]
+) -> tuple[pd.DataFrame | None, list[str]]:
     """Reads the tables that tell diagnoses, whatever their layout.
 
     Args:
       sources: files that may be such tables.
+      allow_partial: leave out rows of the ISIC archive with other diagnoses than the seven.
       faults: what is wrong is added here.
 
     Returns:
-      One row a table row: image_id, COLUMNS and `where` (file and line); None if no file is such
-      a table.
+      One row a table row: image_id, COLUMNS, `table` (the file) and `where` (file and line); None
+      if no file is such a table. And why each other table was not taken.
     """
-    parts, groupings, near_misses = [], {}, []
+    parts, groupings, refused = [], [], []
     for source in sources:
+        is_table = PurePosixPath(source.name).suffix.lower() in (".csv", ".tab", ".tsv")
         try:
-            separator, columns = _header(source)
-            by_dx, by_one_hot = {"image_id", "dx"} <= columns, {"image", *_ONE_HOT} <= columns
-            by_lesion = {"image", "lesion_id"} <= columns
-            if not (by_dx or by_one_hot or by_lesion):
-                if "image_id" in columns:
-                    near_misses.append(f"{source}: has an image_id, but not the column dx.")
-                elif len(columns & {"image", *_ONE_HOT}) > 1:
-                    lacking = ", ".join({"image", *_ONE_HOT} - columns)
-                    near_misses.append(f"{source}: has not the columns {lacking}.")
+            names = tables.columns(source)  # a large table of something else is read no further
+            convert = _layout(names)
+            if convert is None:
+                if is_table or _KNOWN & set(names):
+                    refused.append(f"{source}: {_lacking(names)}")
                 continue
-            rows = _read_table(source, separator, faults)
-        except (csv.Error, UnicodeError, OSError, zipfile.BadZipFile, zlib.error) as error:
-            faults.append(f"{source}: cannot be read as a table: {error}.")
+            is_table = True
+            table = tables.read(source, _size(source))
+        except tables.TableError as error:
+            told = f"{source}: cannot be read as a table: {error}"
+            (faults if is_table else refused).append(told)
             continue
-        if by_lesion and not by_one_hot:
-            confirmed = rows.get("diagnosis_confirm_type", pd.Series("", index=rows.index))
-            groupings |= dict(
-                zip(rows["image"], zip(rows["lesion_id"], confirmed, strict=True), strict=True)
-            )
-            continue
-        if by_one_hot:
-            rows = _from_one_hot(rows, faults)
-        parts.append(rows.reindex(columns=["image_id", *COLUMNS, "where"], fill_value=""))
+        faults += [f"{source} {fault}" for fault in table.faults]
+        where = [f"{source} line {line}" for line in table.lines]
+        rows = convert(table.texts.assign(table=str(source), where=where), allow_partial, faults)
+        if "dx" in rows:
+            parts.append(rows)
+        else:
+            groupings.append(rows)
+            refused.append(f"{source}: tells lesions, but not their dx.")
     if not parts:
-        faults += near_misses
-        return None
+        return None, refused
+    rows = _joined(parts)
+    if groupings:
+        lesions = _joined(groupings).drop_duplicates("image_id", keep="last").set_index("image_id")
+        for column in COLUMNS:
+            told = rows["image_id"].map(lesions[column]).fillna("")
+            rows[column] = rows[column].where(rows[column] != "", told)
+    return _checked(rows, faults), refused
+
+
+def _layout(names: Sequence[str]) -> Callable | None:
+    """Returns what makes rows with our columns of a table with these, or None."""
+    names = set(names)
+    if {"image_id", "isic_id", "image"} & names and "dx" in names:
+        return _renamed
+    if {"image", *CLASSES} <= names:
+        return _from_one_hot
+    if "isic_id" in names and names.intersection(_LEVELS):
+        return _from_archive
+    if {"image", "lesion_id"} <= names:
+        return _renamed
+    return None
+
+
+def _lacking(names: Sequence[str]) -> str:
+    """Returns why a table with these columns tells no diagnoses, and what may be meant."""
+    if not names:
+        return "is empty."
+    needed = ("image_id", "dx")
+    if "isic_id" in names:
+        needed = ("isic_id", "diagnosis_3")
+    elif "image" in names and set(CLASSES) & set(names):
+        needed = ("image", *CLASSES)
+    found = [name for name in needed if name in names]
+    missing = [name for name in needed if name not in names]
+    others = [name for name in names if name and name not in needed]
+    told = f"has an {', '.join(found)}, but not" if found else "has not"
+    told += f" the column{'s' * (len(missing) > 1)} {', '.join(missing)}. Its columns:"
+    told += f" {_some((repr(name[:40]) for name in names), 12)}."
+    for name in missing:
+        near = difflib.get_close_matches(name, others, 1)
+        near += [other for other in _SYNONYMS.get(name, ()) if other in others]
+        if near:
+            told += f" If {near[0]!r} is the {name}, call it so."
+    return told
+
+
+def _renamed(rows: pd.DataFrame, *_) -> pd.DataFrame:
+    """Returns the rows with our names of columns; ours win where a table has both."""
+    for alias, name in _ALIASES.items():
+        if name not in rows:
+            rows = rows.rename(columns={alias: name})
+    return rows
+
+
+def _joined(parts: list[pd.DataFrame]) -> pd.DataFrame:
+    """Returns the rows of several tables with the same columns and the same words."""
+    columns = ["image_id", *COLUMNS, "table", "where"]
+    parts = [rows.reindex(columns=columns, fill_value="") for rows in parts]
     rows = pd.concat(parts, ignore_index=True)
-    rows["image_id"] = [_without_suffix(name) for name in rows["image_id"]]
-    for i, name in enumerate(rows["image_id"]):
-        if name in groupings and not rows.at[i, "lesion_id"]:
-            lesion, confirmed = groupings[name]
-            rows.at[i, "lesion_id"] = lesion
-            rows.at[i, "dx_type"] = _CONFIRMED.get(confirmed, confirmed)
-    return _checked(rows, faults)
+    rows["image_id"] = rows["image_id"].map(tables.image_id)
+    rows["dx_type"] = rows["dx_type"].str.lower().map(_CONFIRMED).fillna(rows["dx_type"])
+    return rows
 
 
-def _header(source: Source) -> tuple[str, set[str]]:
-    """Returns what separates a table's columns, and their names."""
-    with source.open("rb") as file:
-        line = file.readline(1 << 16).decode("utf-8-sig", "replace")
-    separator = "\t" if "\t" in line else ","
-    names = next(csv.reader([line], delimiter=separator, skipinitialspace=True), [])
-    return separator, {name.strip() for name in names}
-
-
-def _read_table(source: Source, separator: str, faults: list[str]) -> pd.DataFrame:
-    """Returns a table's texts and, as `where`, their lines; adds lines of a wrong length."""
-    lines, wrong = [], []
-    with source.open("rb") as file:
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        reader = csv.reader(text, delimiter=separator, skipinitialspace=True)
-        header = [name.strip() for name in next(reader)]
-        for fields in reader:
-            where = f"{source} line {reader.line_num}"
-            if len(fields) == len(header):
-                lines.append([*map(str.strip, fields), where])
-            elif any(fields):
-                wrong.append(f"{where}: {len(fields)} fields instead of {len(header)}.")
-    faults += _first(wrong)
-    rows = pd.DataFrame(lines, columns=[*header, "where"], dtype=str)
-    return rows.loc[:, ~rows.columns.duplicated()]
-
-
-def _from_one_hot(rows: pd.DataFrame, faults: list[str]) -> pd.DataFrame:
+def _from_one_hot(rows: pd.DataFrame, _: bool, faults: list[str]) -> pd.DataFrame:
     """Returns the ISIC challenge's truth as rows with a dx."""
-    values = rows[list(_ONE_HOT)].apply(pd.to_numeric, errors="coerce").to_numpy(float)
+    values = np.stack([tables.numbers(rows[name]) for name in CLASSES], axis=1)
     wrong = ~(np.isin(values, (0, 1)).all(1) & (values.sum(1) == 1))
     faults += [
-        f"{where}: exactly one of {', '.join(_ONE_HOT)} must be 1, the others 0."
+        f"{where}: exactly one of {', '.join(CLASSES).upper()} must be 1, the others 0."
         for where in _first(rows["where"][wrong])
     ]
-    dx = np.array(CLASSES)[np.nan_to_num(values).argmax(1)]
-    return rows.assign(image_id=rows["image"], dx=dx)
+    return _renamed(rows).assign(dx=np.array(CLASSES)[np.nan_to_num(values).argmax(1)])
+
+
+def _from_archive(rows: pd.DataFrame, allow_partial: bool, faults: list[str]) -> pd.DataFrame:
+    """Returns the ISIC archive's metadata, as isic-cli writes it, as rows with a dx."""
+    dx = name = site = pd.Series("", index=rows.index)
+    for level in (level for level in _LEVELS if level in rows):  # from the widest to the narrowest
+        name = rows[level].where(rows[level] != "", name)
+        dx = rows[level].str.lower().map(_DIAGNOSES).fillna(dx)
+    for level in (f"anatom_site_{n}" for n in range(1, 6) if f"anatom_site_{n}" in rows):
+        word = rows[level].str.lower()
+        site = word.where(word.isin(metadata.SITES) | ((site == "") & (word != "")), site)
+    rows = _renamed(rows).assign(dx=dx)
+    if "localization" not in rows:
+        rows["localization"] = ""
+    rows["localization"] = rows["localization"].where(rows["localization"] != "", site)
+    others = name[dx == ""]
+    if allow_partial and len(others) < len(rows):
+        return rows[dx != ""]
+    for other, number in _first(others.value_counts().items()):
+        where = rows["where"][others.index[others == other][0]]
+        faults.append(
+            f"{where}: the diagnosis {other!r} of {number:,} rows is none of HAM10000's seven"
+            f" ({', '.join(CLASSES)}). Correct it, or set --config.data.allow_partial=true to leave"
+            " out the photographs of such rows."
+        )
+    return rows[dx != ""]
 
 
 def _checked(rows: pd.DataFrame, faults: list[str]) -> pd.DataFrame:
@@ -537,11 +625,11 @@ def _checked(rows: pd.DataFrame, faults: list[str]) -> pd.DataFrame:
     faults += [f"{where}: image_id is empty." for where in _first(empty)]
     unknown = rows[~rows["dx"].isin(CLASSES)]
     for where, dx in zip(_first(unknown["where"]), unknown["dx"], strict=False):
-        faults.append(
-            f"{where}: dx {dx!r} must be one of {', '.join(CLASSES)}.{nearest(dx, CLASSES)}"
-        )
-    missing = rows["age"].str.lower().isin(("", "na", "nan", "unknown"))
-    age = pd.to_numeric(rows["age"].where(~missing, "nan"), errors="coerce")
+        named = difflib.get_close_matches(dx, _DIAGNOSES, 1, 0.8)
+        hint = f" Did you mean {_DIAGNOSES[named[0]]!r}?" if named else nearest(dx, CLASSES)
+        faults.append(f"{where}: dx {dx!r} must be one of {', '.join(CLASSES)}.{hint}")
+    age = pd.Series(tables.numbers(rows["age"]), rows.index)
+    missing = rows["age"].str.lower().isin(metadata.UNKNOWN)
     wrong = rows[~missing & ~age.between(0, 120)]
     for where, text in zip(_first(wrong["where"]), wrong["age"], strict=False):
         faults.append(f"{where}: age {text!r} must be years from 0 to 120, or empty.")
@@ -560,20 +648,21 @@ def _matched(
     if not rows["image_id"].isin(images.keys()).any():
         none = f"{raw_dir}: no image has a row of metadata ({_some(images)})."
         raise InputError([*faults, none])
-    by_image = rows.replace("", pd.NA).groupby("image_id")
-    distinct = by_image[list(COLUMNS)].nunique()
-    for column in COLUMNS:
-        for name in _first(distinct.index[distinct[column] > 1]):
-            given = by_image.get_group(name).dropna(subset=column)
-            pairs = zip(given[column], given["where"], strict=True)
-            shown = ", ".join(f"{value!r} ({where})" for value, where in pairs)
-            faults.append(f"{name} has several values of {column}: {shown}. Keep one.")
-    table = by_image[list(COLUMNS)].first().reset_index()
+    faults += _conflicts(rows)
+    repeated = rows["image_id"].duplicated(keep=False)
+    merged = rows[repeated].replace("", pd.NA).groupby("image_id")[list(COLUMNS)].first()
+    table = pd.concat([rows[~repeated], merged.reset_index()]).sort_values("image_id")
+    table = table[["image_id", *COLUMNS]].reset_index(drop=True)
     texts = table.columns.drop("age")
     table[texts] = table[texts].fillna("")
 
     number = pd.to_numeric(table["image_id"].str.extract(r"^ISIC_(\d{7})$")[0])
-    held_out = number > _LAST_TRAIN_ID
+    # The ISIC archive has one table of all three sets: the others than those of this folder go.
+    published = pd.Series(_SETS.get_indexer(number), table.index)
+    here = published[table["image_id"].isin(images.keys())].unique()
+    is_elsewhere = (published >= 0) & ~published.isin(here)
+    table, number = table[~is_elsewhere].reset_index(drop=True), number[~is_elsewhere]
+    held_out = number.reset_index(drop=True) > _LAST_TRAIN_ID
     if held_out.any() and not held_out.all() and not allow_partial:
         faults.append(
             f"{raw_dir} holds the training set and {held_out.sum():,} images of the challenge's"
@@ -589,11 +678,12 @@ def _matched(
             " images could be both learnt and tested. Name each image's lesion in that column; for"
             " the ISIC challenge's training set add ISIC2018_Task3_Training_LesionGroupings.csv."
         )
-    per_lesion = table[table["lesion_id"] != ""].groupby("lesion_id")["dx"].unique()
+    pairs = table.loc[table["lesion_id"] != "", ["lesion_id", "dx"]].drop_duplicates()
+    mixed = pairs[pairs["lesion_id"].duplicated(keep=False)].groupby("lesion_id")["dx"]
     faults += [
-        f"lesion {lesion} has several diagnoses: {', '.join(sorted(per_lesion[lesion]))}."
+        f"lesion {lesion} has several diagnoses: {', '.join(sorted(several))}."
         " A lesion has one; correct dx or lesion_id."
-        for lesion in _first(per_lesion.index[per_lesion.str.len() > 1])
+        for lesion, several in _first(mixed)
     ]
 
     strangers = sorted(images.keys() - set(table["image_id"]) - {_WITHOUT_IMAGE})
@@ -629,6 +719,39 @@ def _matched(
         sources=[images[name][0] for name in table["image_id"]],
         sizes=[several[0] for several in sizes],
     )
+
+
+def _conflicts(rows: pd.DataFrame) -> list[str]:
+    """Returns a fault for each image with several values, or one for tables that disagree."""
+    rows = rows[rows["image_id"].duplicated(keep=False)].replace("", pd.NA)
+    faults, counts, example, names = [], {}, "", set()
+    for column in COLUMNS:
+        told = rows.dropna(subset=column).sort_values("image_id", kind="stable")
+        told = told[told.groupby("image_id")[column].transform("nunique") > 1]
+        within = told.groupby(["image_id", "table"])[column].nunique() > 1
+        within = set(within.index[within].get_level_values(0))
+        for name in _first(sorted(within)):
+            shown = _values(told[told["image_id"] == name], column)
+            faults.append(f"{name} has several values of {column}: {shown}. Keep one.")
+        across = told[~told["image_id"].isin(within)]
+        if len(across):
+            counts[column] = across["image_id"].nunique()
+            names |= set(across["table"])
+            first = across[across["image_id"] == across["image_id"].iloc[0]]
+            example = example or f"{first['image_id'].iloc[0]}: {_values(first, column)}"
+    if counts:
+        numbers = ", ".join(f"{column} of {number:,} images" for column, number in counts.items())
+        faults.append(
+            f"{' and '.join(sorted(names))} do not say the same: they differ in {numbers}"
+            f" ({example}). Keep one of these tables. (The Dataverse and Kaggle call lesions HAM_*,"
+            " the ISIC archive IL_*.)"
+        )
+    return faults
+
+
+def _values(rows: pd.DataFrame, column: str) -> str:
+    pairs = zip(rows[column], rows["where"], strict=True)
+    return ", ".join(f"{value!r} ({where})" for value, where in pairs)
 
 
 def _count_faults(raw_dir: Path, table: pd.DataFrame, is_test: bool) -> list[str]:
@@ -700,17 +823,13 @@ def _check_disk(folder: Path, num_bytes: int) -> None:
 def _nothing(raw_dir: Path, found: str) -> str:
     return (
         f"No HAM10000 in {raw_dir.absolute()}: {found}. Looked for, at any depth and inside zips: a"
-        " table HAM10000_metadata (.csv or .tab) or ISIC2018_Task3_*_GroundTruth.csv, and images"
-        " named by their image_id, such as ISIC_0024306.jpg. Three ways out:"
+        " table HAM10000_metadata (.csv or .tab), ISIC2018_Task3_*_GroundTruth.csv, the ISIC"
+        " archive's metadata.csv or another with the columns image_id and dx; and images named by"
+        " their image_id, such as ISIC_0024306.jpg. Three ways out:"
         " --config.data.download=true fetches them; --config.data.dir=PATH"
         " (--config.data.test_dir=PATH for the test) says where they are;"
         " --config=configs/demo.py needs no photographs."
     )
-
-
-def _without_suffix(name: str) -> str:
-    path = PurePosixPath(name)
-    return path.stem if path.suffix.lower() in image.SUFFIXES else name
 
 
 def _first(items, limit: int = 10) -> list:

@@ -4,7 +4,6 @@ Photographs of one lesion are near copies of each other, so a split by image let
 recognise lesions instead of diagnosing them. Here a lesion's images always stay together.
 """
 
-import csv
 import dataclasses
 import os
 import pathlib
@@ -18,6 +17,7 @@ from sklearn import model_selection
 
 from ham_jax import CLASSES, files
 from ham_jax.config import InputError, nearest
+from ham_jax.data import tables
 
 SPLITS = ("train", "val", "test")
 METADATA = ("age", "sex", "localization", "dx_type")
@@ -245,42 +245,46 @@ def _read_csv(path: str | os.PathLike) -> pd.DataFrame:
     Raises:
       InputError: it is damaged.
     """
+    told = f"{path} cannot be read as the split of a run:"
     try:
-        columns = ["image_id", "lesion_id", "split"]
-        return pd.read_csv(path, dtype=str, keep_default_na=False, usecols=columns)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as the split of a run: {error}") from error
+        rows = tables.read(path)
+    except tables.TableError as error:
+        raise InputError(f"{told} {error}") from error
+    missing = {"image_id", "lesion_id", "split"} - {*rows.texts}
+    if rows.faults or missing:
+        raise InputError(f"{told} {rows.faults[0] if rows.faults else f'no {min(missing)}.'}")
+    return rows.texts
 
 
 def _from_csv(table: pd.DataFrame, path: str) -> np.ndarray:
     """Returns the split of each row as the user's CSV says; see `assign`."""
     where = f"data.split_csv = {os.fspath(path)!r}"
+    needed = "It needs the columns image_id (or lesion_id) and split (train, val or test)."
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            header = reader.fieldnames or []
-            records = list(reader)
-    except (OSError, UnicodeError, csv.Error) as error:
+        rows = tables.read(path)
+    except tables.TableError as error:
+        raise InputError(f"{where} cannot be read as a table: {error} {needed}") from error
+    texts = rows.texts
+    key = next((name for name in ("image_id", "isic_id") if name in texts), "lesion_id")
+    if key not in texts or "split" not in texts:
+        listed = ", ".join(texts) or "(none)"
+        hint = "".join(nearest(name, texts) for name in ("image_id", "split") if name not in texts)
         raise InputError(
-            f"{where} cannot be read as a CSV in UTF-8: {error}. It needs the columns image_id"
-            " (or lesion_id) and split (train, val or test)."
-        ) from error
-    key = "image_id" if "image_id" in header else "lesion_id"
-    if key not in header or "split" not in header:
-        raise InputError(
-            f"{where} has the columns {', '.join(header) or '(none)'}; it needs image_id"
-            " (or lesion_id) and split."
+            f"{where} has the columns {listed}; it needs image_id (or lesion_id) and split.{hint}"
         )
+    ids, key = texts[key], "lesion_id" if key == "lesion_id" else "image_id"
+    known = set(table[key])
+    if key == "image_id":  # a path or another suffix is still that image
+        ids = ids.where(ids.isin(known), ids.map(tables.image_id))
     given = defaultdict(set)
-    for record in records:
-        given[(record[key] or "").strip()].add((record["split"] or "").strip())
+    for name, split in zip(ids, texts["split"], strict=True):
+        given[name].add(split)
 
-    faults = []
+    faults = [f"{where} {fault}" for fault in rows.faults]
     names = sorted(set().union(*given.values()).difference(SPLITS))
     if names:
         hint = nearest(names[0].lower(), SPLITS)
         faults.append(f"{where}: split {_some(names)} must be one of train, val, test.{hint}")
-    known = set(table[key])
     lists = {
         f"are not in the data: remove them, or add the images ({key})": given.keys() - known,
         f"of the data have no split: give each {key} one": known - given.keys(),

@@ -148,6 +148,238 @@ def test_official_test_without_lesion_ids_and_with_its_row_without_image(tmp_pat
         ham10000.find(tmp_path)
 
 
+CONFIRMED = {v: k for k, v in ham10000._CONFIRMED.items()}
+ARCHIVE = {  # diagnosis_1, _2 and _3 of the ISIC archive's collection 212
+    "nv": ("Benign", "Benign melanocytic proliferations", "Nevus"),
+    "mel": ("Malignant", "Malignant melanocytic proliferations (Melanoma)", "Melanoma, NOS"),
+    "bkl": ("Benign", "Benign epidermal proliferations", "Pigmented benign keratosis"),
+    "bcc": (
+        *("Malignant", "Malignant adnexal epithelial proliferations - Follicular"),
+        "Basal cell carcinoma",
+    ),
+    "vasc": ("Benign", "Benign soft tissue proliferations - Vascular", ""),
+    "akiec": (
+        *("Indeterminate", "Indeterminate epidermal proliferations"),
+        "Solar or actinic keratosis",
+    ),
+}
+
+
+def archive_rows(rows: pd.DataFrame = ROWS) -> pd.DataFrame:
+    """As isic-cli writes it: named by `isic_id`, columns in the order of the alphabet."""
+    levels = rows["dx"].map(ARCHIVE)
+    return pd.DataFrame(
+        {
+            "isic_id": rows["image_id"],
+            "attribution": "ViDIR Group, Medical University of Vienna",
+            "copyright_license": "CC-BY-NC",
+            "age_approx": rows["age"],
+            "anatom_site_general": rows["localization"],
+            **{f"diagnosis_{n}": levels.str[n - 1] for n in (1, 2, 3)},
+            "diagnosis_confirm_type": rows["dx_type"].map(CONFIRMED),
+            "image_type": "dermoscopic",
+            "lesion_id": rows["lesion_id"].str.replace("HAM_", "IL_"),
+            "melanocytic": "True",
+            "sex": rows["sex"],
+        }
+    )
+
+
+def challenge_rows(rows: pd.DataFrame = ROWS) -> pd.DataFrame:
+    order = ("mel", "nv", "bcc", "akiec", "bkl", "df", "vasc")
+    hot = {dx.upper(): (rows["dx"] == dx).map({True: "1.0", False: "0.0"}) for dx in order}
+    return pd.DataFrame({"image": rows["image_id"], **hot})
+
+
+LAYOUTS = {
+    "kaggle": {"HAM10000_metadata.csv": ROWS},
+    "dataverse": {"HAM10000_metadata.tab": ROWS.assign(dataset="rosendahl")},
+    "challenge": {
+        "ISIC2018_Task3_Training_GroundTruth.csv": challenge_rows(),
+        "ISIC2018_Task3_Training_LesionGroupings.csv": pd.DataFrame(
+            {
+                "image": ROWS["image_id"],
+                "lesion_id": ROWS["lesion_id"],
+                "diagnosis_confirm_type": ROWS["dx_type"].map(CONFIRMED),
+            }
+        ),
+    },
+    "flat": {"labels.csv": ROWS.rename(columns={"image_id": "isic_id"})},
+    "archive": {"metadata.csv": archive_rows()},
+}
+
+
+def as_files(rows: pd.DataFrame) -> pd.DataFrame:
+    """Names photographs as files, and shouts."""
+    ids = [name for name in ("image_id", "image", "isic_id") if name in rows]
+    named = {name: "part_1/" + rows[name].str.lower() + ".JPG" for name in ids}
+    shouted = {"dx": rows["dx"].str.upper()} if "dx" in rows else {}
+    return rows.assign(**named, **shouted).rename(columns=str.title)
+
+
+def comma(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.map(lambda text: re.sub(r"^(\d+)\.(\d)$", r"\1,\2", text))
+
+
+DIALECTS = {
+    "comma": lambda rows: rows.to_csv(index=False).encode(),
+    "excel": lambda rows: (
+        comma(rows).to_csv(index=False, sep=";", lineterminator="\r\n").encode("utf-8-sig")
+    ),
+    "excel, named": lambda rows: b"sep=;\r\n" + comma(rows).to_csv(index=False, sep=";").encode(),
+    "unicode text": lambda rows: comma(rows).to_csv(index=False, sep="\t").encode("utf-16"),
+    "tab": lambda rows: rows.to_csv(index=False, sep="\t", quoting=1).encode(),
+    "bar": lambda rows: rows.to_csv(index=False, sep="|", lineterminator="\r").encode(),
+    "capitals": lambda rows: rows.rename(columns=str.upper).to_csv(index=False).encode(),
+    "blanks": lambda rows: (
+        rows.map(" {} ".format)
+        .rename(columns=" {} ".format)
+        .to_csv(index=False)
+        .encode("utf-16-be")
+    ),
+    "files": lambda rows: as_files(rows).to_csv(index=False).encode(),
+}
+
+
+def photographs(folder: Path, names=IDS, suffix: str = ".jpg") -> Path:
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / f"{name}{suffix}").write_bytes(name.encode())
+    return folder
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_reads_alike_in_every_dialect(layout, dialect, tmp_path):
+    folder = photographs(tmp_path, suffix=".JPG" if layout == "archive" else ".jpg")
+    for name, rows in LAYOUTS[layout].items():
+        (folder / name).write_bytes(DIALECTS[dialect](rows))
+    expected = ROWS.sort_values("image_id", ignore_index=True).assign(
+        dataset="rosendahl" if layout == "dataverse" else "",
+        age=lambda rows: pd.to_numeric(rows["age"]),
+        label=lambda rows: rows["dx"].map(CLASSES.index),
+    )
+    if layout == "challenge":
+        expected = expected.assign(age=np.nan, sex="", localization="")
+    if layout == "archive":
+        expected["lesion_id"] = expected["lesion_id"].str.replace("HAM_", "IL_")
+    raw = ham10000.find(folder, allow_partial=True)
+    pd.testing.assert_frame_equal(
+        raw.table, expected[["image_id", *ham10000.COLUMNS, "label"]], check_dtype=False
+    )
+    assert [source.stem for source in raw.sources] == IDS
+
+
+def find_archive(folder: Path, rows: pd.DataFrame, allow_partial: bool = True) -> pd.DataFrame:
+    rows.to_csv(folder / "metadata.csv", index=False)
+    return ham10000.find(folder, allow_partial).table.set_index("image_id")
+
+
+@pytest.mark.parametrize(
+    ("levels", "dx"),
+    [
+        ({"diagnosis_3": "Squamous cell carcinoma, NOS"}, "akiec"),
+        (
+            {"diagnosis_3": "Melanoma in situ", "diagnosis_4": "Melanoma in situ, Lentiginous"},
+            "mel",
+        ),
+        ({"diagnosis_3": "Nevus", "diagnosis_4": "Nevus, Spitz"}, "nv"),
+        ({"diagnosis_2": "Benign soft tissue proliferations - Vascular"}, "vasc"),
+        ({"diagnosis_3": "Melanoma metastasis"}, None),
+        ({"diagnosis_3": "Squamous cell carcinoma, Invasive"}, None),
+        ({"diagnosis_2": "Malignant melanocytic proliferations (Melanoma)"}, None),
+    ],
+)
+def test_the_archive_tells_the_seven_diagnoses_and_others_are_named(levels, dx, tmp_path):
+    photographs(tmp_path)
+    rows = archive_rows().assign(diagnosis_4="")
+    blank = dict.fromkeys(["diagnosis_1", "diagnosis_2", "diagnosis_3", "diagnosis_4"], "")
+    rows.loc[2, list(blank)] = list((blank | levels).values())
+    table = find_archive(tmp_path, rows)
+    if dx:
+        assert table.loc["ISIC_0024307", "dx"] == dx
+        return
+    assert "ISIC_0024307" not in table.index
+    told = f"line 4: the diagnosis {next(iter(levels.values()))!r} of 1 rows is none"
+    with pytest.raises(InputError, match=re.escape(told)):
+        find_archive(tmp_path, rows, allow_partial=False)
+
+
+def test_the_archives_sites_are_those_that_a_network_knows(tmp_path):
+    photographs(tmp_path)
+    rows = archive_rows().drop(columns="anatom_site_general")
+    rows[["anatom_site_1", "anatom_site_2", "anatom_site_3"]] = ""
+    rows.loc[0, ["anatom_site_1", "anatom_site_2"]] = ["Head and neck", "Head"]
+    rows.loc[1, ["anatom_site_1", "anatom_site_2", "anatom_site_3"]] = [
+        *("Head and neck", "Head", "Ear")
+    ]
+    rows.loc[2, ["anatom_site_1", "anatom_site_2"]] = ["Lower extremity", "Knee"]
+    sites = find_archive(tmp_path, rows)["localization"]
+    assert list(sites[rows["isic_id"][:4]]) == ["head and neck", "ear", "lower extremity", ""]
+
+
+def test_two_tables_of_the_same_images_are_one_fault(tmp_path):
+    photographs(tmp_path)
+    ROWS.to_csv(tmp_path / "HAM10000_metadata.csv", index=False)
+    with pytest.raises(InputError) as error:
+        find_archive(tmp_path, archive_rows().assign(anatom_site_general="posterior torso"))
+    (fault,) = error.value.faults
+    for text in (
+        "HAM10000_metadata.csv and ",
+        "lesion_id of 7 images, localization of 7 images",
+        "ISIC_0024306: 'HAM_0000001'",
+        "'IL_0000001'",
+        "Keep one of these tables",
+    ):
+        assert text in fault
+
+
+def test_the_archives_one_table_serves_the_folders_of_all_three_sets(tmp_path):
+    others = ["ISIC_0034321", "ISIC_0034524", "ISIC_0035068"]
+    rows = ROWS.assign(dx="nv")[:3]
+    rows = archive_rows(pd.concat([ROWS, rows.assign(image_id=others)], ignore_index=True))
+    for names in (IDS, others[:1], others[1:]):
+        folder = photographs(tmp_path / names[0], names)
+        rows.to_csv(folder / "metadata.csv", index=False)
+        with pytest.raises(InputError) as error:  # the counts alone are not the published ones
+            ham10000.find(folder)
+        (fault,) = error.value.faults
+        assert f"images {len(set(names) - {'ISIC_0035068'})} instead of" in fault
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (
+            {"a.csv": b"image_id,diagnosis\n1,2\n"},
+            ["not the column dx", "If 'diagnosis' is the dx"],
+        ),
+        ({"a.csv": b"imageid;dx\n1;nv\n"}, ["column image_id", "If 'imageid' is the image_id"]),
+        (
+            {"a.csv": b"x,y\n1,2\n", "b.tab": b""},
+            ["a.csv: has not the", "'x', 'y'", "b.tab: is empty"],
+        ),
+        (
+            {"a.csv": b"image,MEL,NV\nx,1,0\n"},
+            ["has an image, mel, nv, but not the columns akiec, bcc, bkl, df, vasc"],
+        ),
+        ({"a.csv": b"PK\x03\x04\0\0"}, ["a.csv: cannot be read as a table: it is an Excel"]),
+        ({"m.xlsx": b"PK\x03\x04\0\0"}, ["m.xlsx: cannot be read as a table: it is an Excel"]),
+        ({"a.csv": "image_id,dx\n1,ä\n".encode("cp1252")}, ["a.csv: cannot be read", "UTF-8"]),
+        ({"a.csv": b"image,lesion_id\n1,2\n", "note.txt": b"hello"}, ["tells lesions, but not"]),
+    ],
+)
+def test_each_table_that_will_not_do_is_named_with_why(files, told, tmp_path):
+    photographs(tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as error:
+        ham10000.find(tmp_path)
+    for text in ("7 images, but no table", "--config.data.dir=PATH", *told):
+        assert text in str(error.value)
+    assert "note.txt" not in str(error.value)  # which is no table, and does not seem one
+
+
 def edit(line: int, old: str, new: str):
     def apply(text: str) -> str:
         lines = text.split("\n")
@@ -162,6 +394,8 @@ def edit(line: int, old: str, new: str):
     ("change", "told"),
     [
         (edit(4, ",nv,", ",mell,"), [r"line 4: dx 'mell' .* akiec, bcc.*'mel'\?"]),
+        (edit(4, ",nv,", ",Nevus,"), [r"line 4: dx 'nevus' .*'nv'\?"]),
+        (edit(4, ",nv,", ",Melanoma,"), [r"line 4: dx 'melanoma' .*'mel'\?"]),
         (edit(3, "45.0", "forty"), ["line 3: age 'forty'"]),
         (edit(3, "45.0", "-1"), ["line 3: age '-1'"]),
         (edit(1, "lesion_id", "lesion"), ["7 images have no lesion_id"]),
@@ -297,6 +531,8 @@ def test_no_metadata_file_gets_past_with_another_exception(tmp_path_factory, edi
 
 def test_the_real_training_set_is_complete(real_data):
     table = ham10000.find(real_data / "ham10000").table
+    digest = hashlib.sha256(table.to_csv(index=False).encode()).hexdigest()
+    assert digest[:16] == "ac81c45046ab9143"  # what records are made of; else all are made again
     assert table["image_id"].is_monotonic_increasing
     assert len(table) == 10015
     assert (table["age"].isna().sum(), (table["age"] == 0).sum()) == (57, 39)

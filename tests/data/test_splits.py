@@ -98,6 +98,22 @@ def test_a_split_csv_is_followed(tmp_path, key):
     np.testing.assert_array_equal(split, wanted)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_split_csv_of_excel_with_the_names_of_files_is_followed(tmp_path, encoding):
+    table = lesions_table([3] * 7)
+    table["image_id"] = [f"ISIC_{i:07d}" for i in range(len(table))]
+    wanted = table["lesion_id"].str[-1].map({"0": "train", "1": "val", "2": "test"})
+    names = [f"photos\\{name.lower()}.JPG" for name in table["image_id"]]
+    lines = [
+        "Image_ID;Note; Split",
+        *(f"{n};0,5; {s} " for n, s in zip(names, wanted, strict=True)),
+    ]
+    path = tmp_path / "split.csv"
+    path.write_bytes("\r\n".join(["sep=;", *lines]).encode(encoding))
+    split = splits.assign(table, data_config(split_csv=str(path)), seed=0)
+    np.testing.assert_array_equal(split, wanted)
+
+
 def test_all_faults_of_a_split_csv_are_named_at_once(tmp_path):
     table = lesions_table([2] * 7)
     rows = dict.fromkeys(table["image_id"], "train")
@@ -132,7 +148,14 @@ def test_all_faults_of_a_split_csv_are_named_at_once(tmp_path):
         (b"", r"columns \(none\)"),
         (b"image,split\na,train\n", "columns image, split; it needs image_id"),
         (b"\xff\xfe\x00image_id", "cannot be read"),
-        (b"image_id,split\nISIC_nv_0_0\n", "split '' must be one of"),
+        (b"image_id,split\nISIC_nv_0_0\n", "line 2: 1 fields instead of 2"),
+        (b"image_id,split\nISIC_nv_0_0,\n", "split '' must be one of"),
+        (b"imageid,split\na,train\n", "columns imageid, split.*'imageid'"),
+        (
+            "image_id,split\nFöto,train\n".encode("cp1252"),
+            "line 2 holds the byte 0xf6.*'CSV UTF-8'",
+        ),
+        (b"PK\x03\x04\x14\x00", "an Excel"),
     ],
 )
 def test_a_file_that_is_no_split_csv_is_refused(tmp_path, content, message):
