@@ -19,6 +19,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from ham_jax import config as configuration
+from ham_jax import escape
 from ham_jax.config import InputError
 
 _CONFIG = flags.DEFINE_string(
@@ -144,12 +145,9 @@ def main(argv: list[str]) -> None:
         look(workdirs, _SPLIT.value, _overrides, mesh, output)
     elif _MODE.value == "explain":
         from ham_jax.evaluation import explain
-        from ham_jax.inference import predict
 
         if _IMAGES.value:
-            paths = predict.find_images(_IMAGES.value)
-            known = predict.find_metadata(_IMAGES.value, len(paths))
-            explain.run_on_photographs(workdir, paths, known, _overrides, mesh)
+            explain.run_on_photographs(workdir, _IMAGES.value, _overrides, mesh)
         else:
             explain.run(workdir, _SPLIT.value, _overrides, mesh)
     else:
@@ -214,7 +212,8 @@ def run() -> None:
     try:
         app.run(main, flags_parser=_parse)
     except InputError as error:
-        print("\n".join(f"ham_jax: {fault}" for fault in error.faults), file=sys.stderr)
+        faults = [f"ham_jax: {escape.lines(fault)}" for fault in error.faults]
+        print("\n".join(faults), file=sys.stderr)
         sys.exit(_BAD_INPUT)
 
 

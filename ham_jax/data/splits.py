@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from sklearn import model_selection
 
-from ham_jax import CLASSES, files
+from ham_jax import CLASSES, escape, files
 from ham_jax.config import InputError, nearest
 
 SPLITS = ("train", "val", "test")
@@ -209,7 +209,7 @@ def write_csv(path: str | os.PathLike, table: pd.DataFrame, split: np.ndarray) -
       table: one row an image, with the columns `image_id` and `lesion_id`.
       split: str [n].
     """
-    rows = table[["image_id", "lesion_id"]].assign(split=split)
+    rows = table[["image_id", "lesion_id"]].assign(split=split).map(escape.cell)
     files.write_text(path, rows.to_csv(index=False, lineterminator="\n"))
 
 
@@ -247,9 +247,10 @@ def _read_csv(path: str | os.PathLike) -> pd.DataFrame:
     """
     try:
         columns = ["image_id", "lesion_id", "split"]
-        return pd.read_csv(path, dtype=str, keep_default_na=False, usecols=columns)
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False, usecols=columns)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as the split of a run: {error}") from error
+    return rows.map(escape.plain)
 
 
 def _from_csv(table: pd.DataFrame, path: str) -> np.ndarray:
@@ -273,7 +274,7 @@ def _from_csv(table: pd.DataFrame, path: str) -> np.ndarray:
         )
     given = defaultdict(set)
     for record in records:
-        given[(record[key] or "").strip()].add((record["split"] or "").strip())
+        given[escape.plain((record[key] or "").strip())].add((record["split"] or "").strip())
 
     faults = []
     names = sorted(set().union(*given.values()).difference(SPLITS))
