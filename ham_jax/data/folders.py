@@ -64,9 +64,9 @@ def fault(path: str | os.PathLike) -> str | None:
     except FileNotFoundError:
         return "a link that leads nowhere" if os.path.islink(path) else "there is no such file"
     except OSError as error:
-        return f"there can be no such file: {error.strerror}"
-    except ValueError:
-        return "there can be no such file: its name holds a NUL"
+        return f"cannot be opened: {error.strerror}"
+    except ValueError as error:  # a NUL, or half a character
+        return f"no file can have this name: {error}"
     if stat.S_ISDIR(mode):
         return "a folder, where a file must be named"
     return None if stat.S_ISREG(mode) else "a pipe, socket or device, which is never opened"
@@ -97,12 +97,16 @@ def walk(folder: str | os.PathLike, named: Sequence[str] = ()) -> Content:
             continue
         folders = []
         for entry in entries:
-            path, is_link = Path(entry.path), entry.is_symlink()
+            path = Path(entry.path)
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # such as a link to itself; `fault` says what it is
+                is_folder = is_file = False
             if is_hidden(entry.name, named):
                 content.left_out.append(path)
-            elif os.path.isdir(path) if is_link else entry.is_dir():
+            elif is_folder:
                 folders.append(path)
-            elif (is_link or not entry.is_file()) and (why := fault(path)):
+            elif not is_file and (why := fault(path)):
                 content.faults[path] = why
             else:
                 content.files.append(path)

@@ -301,7 +301,8 @@ def draw(images: Sequence[Mapping[str, Any]], view: np.ndarray, heat: np.ndarray
         left.imshow(pixels)
         right.imshow(pixels)
         right.imshow(hot, cmap="inferno", vmin=0, vmax=1, alpha=0.6 * hot)
-        name = escape.shown(about.get("image_id") or Path(about["image"]).name)
+        name = about["image_id"] if "image_id" in about else Path(about["image"]).name
+        name = escape.shown(name)
         if len(name) > _NAME_LENGTH:
             name = f"{name[: _NAME_LENGTH // 2]}...{name[-_NAME_LENGTH // 2 :]}"
         truth = f"\ntruth: {about['truth']}" if "truth" in about else ""

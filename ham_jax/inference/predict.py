@@ -40,9 +40,9 @@ def run(
       images: see `photographs.find_images`.
       output: the CSV: path, prediction, the seven probabilities, malignant (the sum of the three
         malignant ones), malignant_flag, prediction_set, ood_score, ood (whether the photograph is
-        unlike those of training), error, note; after the photographs a row each for what else
-        could have been meant. Flag and set are empty, as malignant is, where a
-        run has no calibration; the two of ood, where no run has a model of it.
+        unlike those of training), error, note. Flag and set are empty, as malignant is, where a
+        run has no calibration; the two of ood, where no run has a model of it. After the
+        photographs come, with an error, the files that by their names are none.
       overrides: (key, text) pairs of the command line.
       mesh: the devices.
 

@@ -251,11 +251,11 @@ def test_panels_of_a_persons_photographs(trained, tiny_raw, tmp_path, capsys):
     written = json.loads((trained / "explanations" / "manifest.json").read_text())
     assert written == manifest
     shown = [image["image"] for image in manifest["panels"]["photographs1.png"]]
-    assert shown == sorted(escape.shown(folder / f"{name}.jpg") for name in hostile)
+    assert shown == [escape.shown(folder / f"{name}.jpg") for name in sorted(hostile)]
     assert "Not looked at: 1 .pdf" in capsys.readouterr().err
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.text(st.characters(), max_size=60), st.sampled_from(["image", "image_id"]))
 @example("$\\frac{$", "image_id")
 @example("$$ ^ _ \\alpha ش ह\ud800\x00", "image")
