@@ -106,7 +106,7 @@ def find_images(pattern: str) -> Photographs:
         content = folders.walk(base)
         found = _sorted(content.files, content.faults, content.left_out)
     else:
-        found = _sorted([base], {}, [], any_suffix=True)
+        found = _sorted([base], _faults([base]), [], any_suffix=True)
     if not found.paths:
         beside = f" Not looked at: {found.counted()}." if found.left_out else ""
         raise InputError(
@@ -179,16 +179,18 @@ def _sorted(
     *,
     any_suffix: bool = False,
 ) -> Photographs:
-    """Takes the photographs, by their suffixes, out of files."""
-    taken, beside = dict(faults), list(left_out)
+    """Takes the photographs, by their suffixes, out of files; what has a fault is one of them."""
+    taken, beside = set(faults), set(left_out)
     for path in files:
-        if any_suffix or path.suffix.lower() in image.SUFFIXES:
-            taken[path] = folders.fault(path)
-        else:
-            beside.append(path)
+        is_taken = any_suffix or path.suffix.lower() in image.SUFFIXES or path in faults
+        (taken if is_taken else beside).add(path)
     paths = sorted(taken)
-    why = {number: taken[path] for number, path in enumerate(paths) if taken[path]}
-    return Photographs([*map(str, paths)], why, [*map(str, sorted(set(beside)))])
+    why = {number: faults[path] for number, path in enumerate(paths) if path in faults}
+    return Photographs([*map(str, paths)], why, [*map(str, sorted(beside))])
+
+
+def _faults(files: Iterable[Path]) -> dict[Path, str]:
+    return {path: why for path in files if (why := folders.fault(path))}
 
 
 def _literal(pattern: str) -> tuple[Path, list[str]]:
@@ -210,7 +212,7 @@ def _from_glob(base: Path, rest: list[str]) -> Photographs:
         files = [path for path in content.files if _matches(path.relative_to(base).parts, rest)]
         faults, left_out = content.faults, content.left_out
     else:
-        files, faults, left_out = [], {}, []
+        files, left_out = [], []
         for path in map(base.joinpath, glob.glob(os.path.join(*rest), root_dir=base)):
             among = [path, *path.parents][: len(path.parts) - len(base.parts)]
             hidden = [p for p in among if folders.is_hidden(p.name, named)]
@@ -218,6 +220,7 @@ def _from_glob(base: Path, rest: list[str]) -> Photographs:
                 left_out.append(hidden[-1] if hidden else path)
             else:
                 files.append(path)
+        faults = _faults(files)
     # `*.scan` means these very files, `*` only the photographs among all.
     any_suffix = not glob.has_magic(Path(rest[-1]).suffix or "*")
     return _sorted(files, faults, left_out, any_suffix=any_suffix)

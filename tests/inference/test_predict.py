@@ -224,7 +224,7 @@ def test_every_name_and_every_file_left_out_is_in_the_answers(trained, tiny_raw,
     folder = tmp_path / "[red]\x1b[31m"
     folder.mkdir()
     good = next(tiny_raw.rglob("*.jpg"))
-    hostile = ["=cmd()", "$x_1$ {a} [/b] :smile:", "a\nb\x1b[2J", "\u202egpj", os.fsdecode(b"\xff")]
+    hostile = ["=cmd()", "$x_1$ {a} [red] :smile:", "a\nb\x1b[2J", "\u202egpj", os.fsdecode(b"\xff")]
     for name in hostile:
         shutil.copy(good, folder / f"{name}.jpg")
     (folder / "gone.jpg").symlink_to("nowhere")
