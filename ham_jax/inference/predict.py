@@ -285,7 +285,9 @@ def _print(
             ]
         )
     more = f", the first {_SHOWN_ROWS} shown" if len(paths) > _SHOWN_ROWS else ""
-    title = f"{len(paths) - len(errors)} of {len(paths)} photographs read{more}. {DISCLAIMER}"
+    beside = f"; not looked at: {found.counted()}" if found.left_out else ""
+    num_read = len(paths) - len(errors)
+    title = f"{num_read} of {len(paths)} photographs read{more}{beside}. {DISCLAIMER}"
     columns = ["photograph", "answer", "next", "malignant?", "set for 90 %", "like training?"]
     console.print_table(title, columns, shown)
     num_unlike = sum(row.unlike for row in rows.values())
@@ -294,7 +296,4 @@ def _print(
             f"{num_unlike} of {len(rows)} photographs are unlike those of training: do not rely on"
             " what is said of them."
         )
-    summary = [["probabilities", str(output)]]
-    if found.left_out:
-        summary.append(["not looked at", found.counted()])
-    console.print_table("Written", ["", ""], summary)
+    console.print_table("Written", ["", ""], [["probabilities", str(output)]])
