@@ -1,4 +1,8 @@
-"""What a person sees in the terminal: progress bars and tables. The only room that knows rich."""
+"""What a person sees in the terminal: progress bars and tables. The only room that knows rich.
+
+Whatever is printed, names from outside included, comes out as visible characters and means nothing
+to the terminal or to rich; printing never fails.
+"""
 
 import contextlib
 import time
@@ -6,14 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 
 import rich.box
 import rich.console
-import rich.markup
 import rich.progress
 import rich.table
+import rich.text
+
+from ham_jax import escape
 
 _LINE_EVERY_S = 10.0  # where bars cannot be drawn
 
-console = rich.console.Console(stderr=True, highlight=False)
-_output = rich.console.Console(highlight=False)
+console = rich.console.Console(stderr=True, highlight=False, emoji=False)
+_output = rich.console.Console(highlight=False, emoji=False)
 
 
 def is_terminal() -> bool:
@@ -32,11 +38,11 @@ def progress(description: str) -> Iterator[Callable[..., None]]:
         yield _lines(description)
         return
     columns = (
-        rich.progress.TextColumn("{task.description}"),
+        rich.progress.TextColumn("{task.description}", markup=False),
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
         rich.progress.TimeRemainingColumn(),
-        rich.progress.TextColumn("{task.fields[note]}"),
+        rich.progress.TextColumn("{task.fields[note]}", markup=False),
     )
     with rich.progress.Progress(*columns, console=console, transient=True) as bar:
         task = None
@@ -44,27 +50,38 @@ def progress(description: str) -> Iterator[Callable[..., None]]:
         def show(done: int, total: int, note: str = "") -> None:
             nonlocal task
             if task is None:
-                task = bar.add_task(description, total=total, note=note)
+                task = bar.add_task(escape.shown(description), total=total, note=note)
             bar.update(task, completed=done, total=total, note=note)
 
         yield show
 
 
 def log_line(text: str) -> None:
-    """Prints one line to standard error, above a live bar if there is one."""
-    console.print(text, markup=False, soft_wrap=True)
+    """Prints a line or several to standard error, above a live bar if there is one."""
+    console.print(rich.text.Text(escape.lines(text)), soft_wrap=True)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Prints a small table to standard output; empty column names leave out the header."""
     table = rich.table.Table(
-        title=title, title_justify="left", box=rich.box.SIMPLE, show_header=any(columns)
+        title=_text(title, "table.title"),
+        title_justify="left",
+        box=rich.box.SIMPLE,
+        show_header=any(columns),
     )
     for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number and name else "left", overflow="fold")
+        justify = "right" if number and name else "left"
+        table.add_column(_text(name), justify=justify, overflow="fold")
     for row in rows:
-        table.add_row(*(rich.markup.escape(cell) for cell in row))
+        table.add_row(*map(_text, row))
     _output.print(table)
+
+
+def _text(text: str, style: str = "") -> rich.text.Text:
+    """Returns a line that is no markup, of characters that standard output's encoding has."""
+    encoding = _output.encoding  # standard error escapes the others by itself
+    shown = escape.shown(text).encode(encoding, "backslashreplace").decode(encoding)
+    return rich.text.Text(shown, style)
 
 
 def _lines(description: str) -> Callable[..., None]:

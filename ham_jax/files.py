@@ -149,8 +149,8 @@ def _warn_of_no_locks(path: Path, error: OSError) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a text in UTF-8 as `write_bytes` does."""
-    write_bytes(path, text.encode())
+    """Writes a text in UTF-8 as `write_bytes` does; bytes of names that are not become escapes."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from ham_jax import config as configuration
-from ham_jax import files
+from ham_jax import escape, files
 from ham_jax.config import InputError
 
 _CONFIG = flags.DEFINE_string(
@@ -143,7 +143,8 @@ def main(argv: list[str]) -> None:
             workdir.mkdir(parents=True, exist_ok=True)
             data.audit.write(workdir)
             print(data.audit.text())
-            print(f"Written: {workdir}/audit.csv, {workdir}/audit.json")
+            written = [["audit", f"{workdir}/audit.csv, audit.json"]]
+            console.print_table("Written", ["", ""], written)
     elif _MODE.value in _EVALUATES:
         from ham_jax.evaluation import evaluate, robustness
 
@@ -151,12 +152,9 @@ def main(argv: list[str]) -> None:
         look(workdirs, _SPLIT.value, _overrides, mesh, output)
     elif _MODE.value == "explain":
         from ham_jax.evaluation import explain
-        from ham_jax.inference import predict
 
         if given.images:
-            paths = predict.find_images(given.images)
-            known = predict.find_metadata(given.images, len(paths))
-            explain.run_on_photographs(workdir, paths, known, _overrides, mesh)
+            explain.run_on_photographs(workdir, given.images, _overrides, mesh)
         else:
             explain.run(workdir, _SPLIT.value, _overrides, mesh)
     else:
@@ -277,16 +275,15 @@ def run() -> None:
     try:
         app.run(main, flags_parser=_parse)
     except InputError as error:
-        print("\n".join(f"ham_jax: {fault}" for fault in error.faults), file=sys.stderr)
+        faults = [f"ham_jax: {escape.lines(fault)}" for fault in error.faults]
+        print("\n".join(faults), file=sys.stderr)
         sys.exit(_BAD_INPUT)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         at = traceback.extract_tb(error.__traceback__)[-1]
-        print(
-            f"ham_jax: {where}{error.strerror or error} ({type(error).__name__} in"
-            f" {Path(at.filename).name}, line {at.lineno}).",
-            file=sys.stderr,
-        )
+        place = f"{type(error).__name__} in {Path(at.filename).name}, line {at.lineno}"
+        said = escape.lines(f"{where}{error.strerror or error}")
+        print(f"ham_jax: {said} ({place}).", file=sys.stderr)
         sys.exit(_SYSTEM_FAILED)
 
 

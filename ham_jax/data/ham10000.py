@@ -33,9 +33,9 @@ from array_record.python import array_record_module
 from tensorflow_datasets.core import writer
 from tensorflow_datasets.proto import tf_example_pb2
 
-from ham_jax import CLASSES, files
+from ham_jax import CLASSES, escape, files
 from ham_jax.config import InputError, nearest
-from ham_jax.data import image, metadata, tables
+from ham_jax.data import folders, image, metadata, tables
 from ham_jax.local_path import LocalPath
 
 DECODER_VERSION = 2
@@ -297,7 +297,7 @@ def open_records(folder: str | os.PathLike) -> Records:
         | {"label": np.int64, "age": float},
         keep_default_na=False,
         na_values={"age": [""]},
-    )
+    ).map(escape.plain)
     split = builder.info.splits[_SPLIT]
     num_bytes = sum(path.stat().st_size for path in folder.glob("*.array_record*"))
     if num_bytes != split.num_bytes or len(table) != split.num_examples:
@@ -393,7 +393,7 @@ class Ham10000(tfds.core.ShardBasedBuilder):
                 return
             if faults:
                 raise InputError(faults)
-            raw.table.assign(file_sha256=hashes).to_csv(
+            raw.table.assign(file_sha256=hashes).map(escape.cell).to_csv(
                 self.data_path / "records.csv", index=False, lineterminator="\n"
             )
 
@@ -439,21 +439,15 @@ def _zip(path: str) -> zipfile.ZipFile:
 
 def _files(folder: Path, faults: list[str]) -> Iterator[Source]:
     """Yields all files below a folder in a fixed order, then those inside its zips."""
-    zips, seen = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen or "dataset_info.json" in names:  # a circle of links; our own records
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        for name in sorted(names):
-            if name.startswith("."):
-                continue
-            if name.lower().endswith(".zip"):
-                zips.append(os.path.join(parent, name))
-            else:
-                yield Path(parent, name)
+    content, zips = folders.walk(folder), []
+    for path, why in content.faults.items():
+        if path.suffix.lower() in (*image.SUFFIXES, *_TABLES, ".zip") or path.is_dir():
+            faults.append(f"{path}: {why}. Mend it, or take it away.")
+    for path in content.files:
+        if path.suffix.lower() == ".zip":
+            zips.append(str(path))
+        else:
+            yield path
     for path in zips:
         try:
             members = sorted(_zip(path).namelist())
@@ -462,7 +456,7 @@ def _files(folder: Path, faults: list[str]) -> Iterator[Source]:
             continue
         for name in members:
             parts = PurePosixPath(name).parts
-            if not name.endswith("/") and not any(p.startswith((".", "__MACOSX")) for p in parts):
+            if not name.endswith("/") and not any(map(folders.is_hidden, parts)):
                 yield ZipMember(path, name)
 
 
@@ -621,6 +615,10 @@ def _from_archive(rows: pd.DataFrame, allow_partial: bool, faults: list[str]) ->
 def _checked(rows: pd.DataFrame, faults: list[str]) -> pd.DataFrame:
     """Returns the rows with numbers for ages; adds each row's own faults."""
     rows["dx"] = rows["dx"].str.lower()
+    for column in ("image_id", *COLUMNS):
+        odd = rows[rows[column].map(escape.shown) != rows[column]]
+        for where, text in zip(_first(odd["where"]), odd[column], strict=False):
+            faults.append(f"{where}: {column} {text!r} holds a character that nobody can see.")
     empty = rows["where"][rows["image_id"] == ""]
     faults += [f"{where}: image_id is empty." for where in _first(empty)]
     unknown = rows[~rows["dx"].isin(CLASSES)]
@@ -839,4 +837,4 @@ def _first(items, limit: int = 10) -> list:
 
 def _some(names, limit: int = 5) -> str:
     names = list(names)
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+    return ", ".join(map(escape.shown, names[:limit])) + (", ..." if len(names) > limit else "")

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from sklearn import model_selection
 
-from ham_jax import CLASSES, files
+from ham_jax import CLASSES, escape, files
 from ham_jax.config import InputError, nearest
 from ham_jax.data import tables
 
@@ -209,7 +209,7 @@ def write_csv(path: str | os.PathLike, table: pd.DataFrame, split: np.ndarray) -
       table: one row an image, with the columns `image_id` and `lesion_id`.
       split: str [n].
     """
-    rows = table[["image_id", "lesion_id"]].assign(split=split)
+    rows = table[["image_id", "lesion_id"]].assign(split=split).map(escape.cell)
     files.write_text(path, rows.to_csv(index=False, lineterminator="\n"))
 
 
@@ -253,7 +253,7 @@ def _read_csv(path: str | os.PathLike) -> pd.DataFrame:
     missing = {"image_id", "lesion_id", "split"} - {*rows.texts}
     if rows.faults or missing:
         raise InputError(f"{told} {rows.faults[0] if rows.faults else f'no {min(missing)}.'}")
-    return rows.texts
+    return rows.texts.map(escape.plain)
 
 
 def _from_csv(table: pd.DataFrame, path: str) -> np.ndarray:
@@ -272,7 +272,7 @@ def _from_csv(table: pd.DataFrame, path: str) -> np.ndarray:
         raise InputError(
             f"{where} has the columns {listed}; it needs image_id (or lesion_id) and split.{hint}"
         )
-    ids, key = texts[key], "lesion_id" if key == "lesion_id" else "image_id"
+    ids, key = texts[key].map(escape.plain), "lesion_id" if key == "lesion_id" else "image_id"
     known = set(table[key])
     if key == "image_id":  # a path or another suffix is still that image
         ids = ids.where(ids.isin(known), ids.map(tables.image_id))

@@ -6,6 +6,7 @@ here are the network's own, before calibration.
 """
 
 import io
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from ham_jax import CLASSES, DISCLAIMER, console, files, parallel
+from ham_jax import CLASSES, DISCLAIMER, console, escape, files, parallel
 from ham_jax.config import InputError
 from ham_jax.data import image as image_files
-from ham_jax.data import metadata, preprocess
+from ham_jax.data import metadata, photographs, preprocess
 from ham_jax.data import prepare as preparation
 from ham_jax.evaluation import evaluate, metrics
 
@@ -26,6 +27,8 @@ FOLDER = "explanations"
 """Its name in a run's folder."""
 
 NUM_SHOWN = 6  # images a panel
+
+_NAME_LENGTH = 40  # characters of a name over an image
 
 
 def choose(
@@ -197,18 +200,13 @@ def run(
 
 
 def run_on_photographs(
-    workdir: Path,
-    paths: Sequence[Path],
-    known: pd.DataFrame,
-    overrides: list[tuple[str, str]],
-    mesh: jax.sharding.Mesh,
+    workdir: Path, images: str, overrides: list[tuple[str, str]], mesh: jax.sharding.Mesh
 ) -> dict[str, Any]:
     """`--mode=explain --images=...`: panels of a person's own photographs, in their order.
 
     Args:
       workdir: of a training run.
-      paths: of the photographs; a line says which cannot be read.
-      known: a row a path, see `metadata.encode`.
+      images: see `photographs.find_images`; a line says which cannot be read.
       overrides: (key, text) pairs of the command line.
       mesh: the devices.
 
@@ -216,22 +214,26 @@ def run_on_photographs(
       As `run`.
 
     Raises:
-      InputError: no checkpoint, or no photograph that can be read.
+      InputError: no checkpoint, metadata that are none, or no photograph that can be read.
     """
+    found = photographs.find_images(images)
+    known = photographs.find_metadata(images, len(found.paths))
     member = evaluate.load(workdir, overrides, mesh)
     config = member.config
-    images, read = [], []
+    if found.left_out and parallel.is_main():
+        console.log_line(f"Not looked at: {found.counted()}.")
+    canvases, read = [], []
     for number, pixels in enumerate(
-        image_files.load_many(paths, tuple(config.data.canvas), config.data.num_workers)
+        image_files.load_many(found.sources, tuple(config.data.canvas), config.data.num_workers)
     ):
-        if isinstance(pixels, image_files.ImageError):
-            console.log_line(f"{paths[number]}: {pixels}")
-        else:
-            images.append(pixels)
+        if not isinstance(pixels, image_files.ImageError):
+            canvases.append(pixels)
             read.append(number)
-    if not images:
+        elif parallel.is_main():
+            console.log_line(f"{escape.shown(found.paths[number])}: {escape.shown(pixels)}")
+    if not read:
         raise InputError("No photograph could be read.")
-    image = np.stack(images)
+    image = np.stack(canvases)
     codes = metadata.encode(known.iloc[read]) if config.model.metadata else None
     predict = evaluate.make_predictor(member.network, config, mesh)
     probabilities = _in_batches(
@@ -243,7 +245,7 @@ def run_on_photographs(
         page = slice(first, first + NUM_SHOWN)
         about = [
             {
-                "image": str(paths[number]),
+                "image": escape.shown(found.paths[number]),
                 "prediction": CLASSES[row.argmax()],
                 "probability": float(row.max()),
             }
@@ -291,6 +293,7 @@ def draw(images: Sequence[Mapping[str, Any]], view: np.ndarray, heat: np.ndarray
 
     figure = Figure(figsize=(5, 2.7 * len(images) + 0.4), layout="constrained")
     figure.suptitle(DISCLAIMER, fontsize=8)
+    plain = {"fontsize": 8, "parse_math": False}  # a name may hold a $
     axes = figure.subplots(len(images), 2, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -298,11 +301,17 @@ def draw(images: Sequence[Mapping[str, Any]], view: np.ndarray, heat: np.ndarray
         left.imshow(pixels)
         right.imshow(pixels)
         right.imshow(hot, cmap="inferno", vmin=0, vmax=1, alpha=0.6 * hot)
-        name = about.get("image_id") or Path(about["image"]).name
+        name = about["image_id"] if "image_id" in about else Path(about["image"]).name
+        name = escape.shown(name)
+        if len(name) > _NAME_LENGTH:
+            name = f"{name[: _NAME_LENGTH // 2]}...{name[-_NAME_LENGTH // 2 :]}"
         truth = f"\ntruth: {about['truth']}" if "truth" in about else ""
-        left.set_title(f"{name}{truth}", fontsize=8)
-        right.set_title(f"answer: {about['prediction']} {about['probability']:.2f}", fontsize=8)
+        left.set_title(f"{name}{truth}", **plain)
+        right.set_title(f"answer: {about['prediction']} {about['probability']:.2f}", **plain)
     buffer = io.BytesIO()
-    # Without the version of matplotlib in it, the same images are the same bytes.
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    with warnings.catch_warnings():
+        # Of letters that the font has not, which are drawn as boxes; the manifest has the name.
+        warnings.simplefilter("ignore", UserWarning)
+        # Without the version of matplotlib in it, the same images are the same bytes.
+        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()

@@ -5,7 +5,6 @@ computed from a predictions file equal those that were computed while it was wri
 """
 
 import csv
-import io
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 import pandas as pd
 from sklearn import metrics as sklearn_metrics
 
-from ham_jax import CLASSES, files
+from ham_jax import CLASSES, escape, files
 from ham_jax.config import InputError
 
 ISIC_CLASSES = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
@@ -229,7 +228,10 @@ def read_table(path: str | os.PathLike) -> pd.DataFrame:
         with open(path, encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
             header = reader.fieldnames or []
-            rows = [(reader.line_num, row) for row in reader]
+            rows = [
+                (reader.line_num, {name: escape.plain(text) for name, text in row.items()})
+                for row in reader
+            ]
     except (OSError, UnicodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as a CSV: {error}.") from error
     absent = [name for name in ("image_id", "lesion_id", "truth", *CLASSES) if name not in header]
@@ -353,8 +355,4 @@ def _calibration_error(correct: np.ndarray, confidence: np.ndarray) -> float:
 
 def _write_csv(path: str | os.PathLike, header: Sequence[str], rows: Iterable[Sequence]) -> None:
     """Writes rows sorted by their first column; floats in the shortest text that is exact."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(sorted(rows, key=lambda row: row[0]))
-    files.write_text(path, text.getvalue())
+    files.write_text(path, escape.csv_text([header, *sorted(rows, key=lambda row: row[0])]))

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 import sklearn
 
-from ham_jax import CLASSES, DISCLAIMER, console, files
+from ham_jax import CLASSES, DISCLAIMER, console, escape, files
 from ham_jax import config as configuration
 from ham_jax.config import InputError
 from ham_jax.data import image as image_files
@@ -238,6 +238,7 @@ def render(facts: Mapping[str, Any]) -> tuple[str, str]:
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=lambda name: ".html" in name,
         undefined=jinja2.StrictUndefined,
+        finalize=lambda value: escape.shown(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
@@ -252,6 +253,7 @@ def render(facts: Mapping[str, Any]) -> tuple[str, str]:
         ),
         "words": lambda name: str(name).replace("_", " ").replace("auc", "AUC"),
         "cell": _cell,
+        "code": _code,
     }
     common = {
         **facts,
@@ -632,4 +634,12 @@ def _span(pair: list[float] | None, digits: int = 3, sign: str = "") -> str:
 
 def _cell(text: Any) -> str:
     """Returns a text that means nothing but itself in a Markdown table."""
-    return re.sub(r"([\\`*_|\[\]])", r"\\\1", html.escape(str(text), quote=False))
+    return re.sub(r"([\\`*_|\[\]$~])", r"\\\1", html.escape(escape.shown(text), quote=False))
+
+
+def _code(text: str) -> str:
+    """Returns a text as code in Markdown, within more backticks than it has in a row."""
+    text = escape.shown(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{text}{pad}{fence}"

@@ -4,103 +4,23 @@ With the run's calibration also a malignancy flag and a set of diagnoses, by thr
 fixed on validation; and with its out-of-distribution model a mark on what is no such photograph.
 """
 
-import csv
 import dataclasses
-import glob
-import io
-import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-import pandas as pd
 
-from ham_jax import CLASSES, DISCLAIMER, console, files, parallel
+from ham_jax import CLASSES, DISCLAIMER, console, escape, files, parallel
 from ham_jax.config import InputError
 from ham_jax.data import image as image_files
-from ham_jax.data import metadata
+from ham_jax.data import metadata, photographs
 from ham_jax.evaluation import decision, evaluate, judgement, ood
 
-_PATH_COLUMNS = ("path", "image", "file", "filename", "image_path")
-_METADATA_COLUMNS = {  # what a list may call them
-    "age": ("age", "age_approx"),
-    "sex": ("sex",),
-    "localization": ("localization", "site", "anatom_site_general"),
-}
 _DECISIONS = ("malignant", "malignant_flag", "prediction_set")
 _OOD = ("ood_score", "ood")
 _SHOWN_ROWS = 10
-
-
-def find_images(pattern: str) -> list[Path]:
-    """Returns the photographs that `--images` names, sorted, each once.
-
-    Args:
-      pattern: a file, a folder (searched through), a glob, or a CSV with a column `path` (a
-        relative one counts from the CSV's folder, or else from the current folder).
-
-    Raises:
-      InputError: nothing there.
-    """
-    path = Path(pattern)
-    if path.suffix.lower() == ".csv" and path.is_file():
-        return _from_csv(path)
-    if path.is_dir():
-        found = [p for p in path.rglob("*") if p.suffix.lower() in image_files.SUFFIXES]
-        found = [p for p in found if p.is_file() and not p.name.startswith(".")]
-    elif path.is_file():
-        found = [path]
-    else:
-        found = [Path(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)]
-    if not found:
-        raise InputError(
-            f"--images={pattern}: no image found. Give a file, a folder or a glob of"
-            f" {', '.join(sorted(image_files.SUFFIXES))}, or a CSV with a column 'path'."
-        )
-    return sorted(set(found))
-
-
-def find_metadata(pattern: str, num_images: int) -> pd.DataFrame:
-    """Returns what the CSV `--images` tells beside the paths; nothing where it is no CSV.
-
-    Args:
-      pattern: see `find_images`.
-      num_images: how many photographs that found.
-
-    Returns:
-      A row a photograph, in the order of `find_images`: those of age in years (nan where not
-      known), sex and localization that the CSV has.
-
-    Raises:
-      InputError: an age that is none, or two rows that say different things of a photograph.
-    """
-    path = Path(pattern)
-    if path.suffix.lower() != ".csv" or not path.is_file() or not num_images:
-        return pd.DataFrame(index=range(num_images))
-    rows, column = _rows(path)
-    names = {
-        name: next((alias for alias in aliases if alias in rows[0]), None)
-        for name, aliases in _METADATA_COLUMNS.items()
-    }
-    listed, faults = {}, []
-    for row in rows:
-        known = {name: (row[given] or "").strip() for name, given in names.items() if given}
-        if "age" in known:
-            try:
-                known["age"] = _years(known["age"])
-            except ValueError:
-                faults.append(
-                    f"--images={path}: {row[column]}: {names['age']} {known['age']!r} must be years"
-                    " from 0 to 120, or empty."
-                )
-        if listed.setdefault(row[column], known) != known:
-            faults.append(f"--images={path}: {row[column]} is listed twice and differently.")
-    if faults:
-        raise InputError(faults[:10])
-    table = pd.DataFrame(listed.values(), index=range(num_images))
-    return table.astype({"age": float}) if "age" in table else table
 
 
 def run(
@@ -117,11 +37,12 @@ def run(
 
     Args:
       workdirs: one training run, or the members of an ensemble.
-      images: see `find_images`.
+      images: see `photographs.find_images`.
       output: the CSV: path, prediction, the seven probabilities, malignant (the sum of the three
         malignant ones), malignant_flag, prediction_set, ood_score, ood (whether the photograph is
         unlike those of training), error, note. Flag and set are empty, as malignant is, where a
-        run has no calibration; the two of ood, where no run has a model of it.
+        run has no calibration; the two of ood, where no run has a model of it. After the
+        photographs come, with an error, the files that by their names are none.
       overrides: (key, text) pairs of the command line.
       mesh: the devices.
 
@@ -132,17 +53,18 @@ def run(
       InputError: no checkpoint, no photograph, nowhere to write, metadata that are none, or a
         damaged calibration.
     """
-    paths = find_images(images)
+    found = photographs.find_images(images)
+    paths = found.paths
     if not output.parent.is_dir():
         raise InputError(f"--output={output}: there is no folder {output.parent}.")
     members = evaluate.load_all(workdirs, overrides, mesh)
     fitted = _calibrations(members)
     codes = None
     if any(member.config.model.metadata for member in members):
-        table = find_metadata(images, len(paths))
+        table = photographs.find_metadata(images, len(paths))
         codes = metadata.encode(table)
         metadata.announce(table)
-        _tell_missing(codes, [name for name in _METADATA_COLUMNS if name not in table])
+        _tell_missing(codes, [name for name in photographs.METADATA_COLUMNS if name not in table])
     canvases = [tuple(member.config.data.canvas) for member in members]
     detectors = [evaluate.saved_detector(member) for member in members]
     answers = np.empty((len(members), len(paths), len(CLASSES)))
@@ -150,7 +72,7 @@ def run(
     for canvas in dict.fromkeys(canvases):  # each photograph is decoded once a canvas
         chosen = [n for n, other in enumerate(canvases) if other == canvas]
         answers[chosen], scores[chosen], errors = _classify(
-            [members[n] for n in chosen], [detectors[n] for n in chosen], paths, codes, mesh
+            [members[n] for n in chosen], [detectors[n] for n in chosen], found.sources, codes, mesh
         )
     read = [number for number in range(len(paths)) if number not in errors]
     rows = dict(zip(read, _judged(members, fitted, answers[:, read]), strict=True))
@@ -159,8 +81,8 @@ def run(
         for number in read:
             rows[number] = dataclasses.replace(rows[number], ood_score=float(joined[number]))
     if parallel.is_main():
-        _write(output, paths, rows, errors)
-        _print(paths, rows, errors, output)
+        _write(output, found, rows, errors)  # before anything is printed, so that it is there
+        _print(found, rows, errors, output)
     return len(paths) - len(errors)
 
 
@@ -240,23 +162,23 @@ def _judged(
 def _classify(
     members: Sequence[evaluate.Trained],
     detectors: Sequence[ood.Detector | None],
-    paths: Sequence[Path],
+    sources: Sequence[Any],
     codes: np.ndarray | None,
     mesh: jax.sharding.Mesh,
 ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """Returns the answers of members that share a canvas, and the errors by number of path.
+    """Returns the answers of members that share a canvas, and the errors by number of source.
 
     Args:
       members: of an ensemble.
       detectors: the members' out-of-distribution models, as far as they have one.
-      paths: of the photographs.
-      codes: `metadata.encode`d, a row a path, where a member takes metadata.
+      sources: of the photographs, see `image.load`.
+      codes: `metadata.encode`d, a row a source, where a member takes metadata.
       mesh: the devices.
 
     Returns:
-      (probabilities float64 [members, paths, 7], nan where a photograph is unreadable;
-      out-of-distribution scores float64 [members, paths], nan there and of members without such a
-      model; {number of a path: why it is unreadable}).
+      (probabilities float64 [members, sources, 7], nan where a photograph is unreadable;
+      out-of-distribution scores float64 [members, sources], nan there and of members without such
+      a model; {number of a source: why it is unreadable}).
     """
     config = members[0].config
     predictors = [evaluate.make_predictor(m.network, m.config, mesh) for m in members]
@@ -266,8 +188,8 @@ def _classify(
     local = parallel.local_rows(mesh, batch_size)
 
     errors: dict[int, str] = {}
-    probabilities = np.full((len(members), len(paths), len(CLASSES)), np.nan)
-    scores = np.full((len(members), len(paths)), np.nan)
+    probabilities = np.full((len(members), len(sources), len(CLASSES)), np.nan)
+    scores = np.full((len(members), len(sources)), np.nan)
     batch = np.zeros((batch_size, *canvas, 3), np.uint8)
     waiting: list[int] = []
 
@@ -287,7 +209,7 @@ def _classify(
         waiting.clear()
 
     with console.progress("Predicting") as progress:
-        decoded = image_files.load_many(paths, canvas, config.data.num_workers)
+        decoded = image_files.load_many(sources, canvas, config.data.num_workers)
         for number, pixels in enumerate(decoded):
             if isinstance(pixels, image_files.ImageError):
                 errors[number] = str(pixels)
@@ -296,50 +218,10 @@ def _classify(
                 waiting.append(number)
             if len(waiting) == batch_size:
                 flush()
-            progress(number + 1, len(paths))
+            progress(number + 1, len(sources))
     if waiting:
         flush()
     return probabilities, scores, errors
-
-
-def _from_csv(path: Path) -> list[Path]:
-    rows, column = _rows(path)
-    listed = dict.fromkeys(row[column] for row in rows)
-    beside = [path.parent / name for name in listed]
-    return [b if b.exists() else Path(name) for b, name in zip(beside, listed, strict=True)]
-
-
-def _rows(path: Path) -> tuple[list[dict[str, str]], str]:
-    """Returns the rows of a CSV that name a photograph, and the column that does."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
-            rows = list(reader)
-    except (OSError, UnicodeError, csv.Error) as error:
-        raise InputError(f"--images={path} cannot be read as a CSV in UTF-8: {error}.") from error
-    names = rows[0].keys() if rows else ()
-    column = next((name for name in _PATH_COLUMNS if name in names), None)
-    if column is None:
-        raise InputError(
-            f"--images={path}: no column of paths; one must be called"
-            f" {', '.join(_PATH_COLUMNS)}. Found: {', '.join(names) or 'no rows'}."
-        )
-    return [row for row in rows if row[column]], column
-
-
-def _years(text: str) -> float:
-    """Returns an age, nan where it is not known.
-
-    Raises:
-      ValueError: that is no age.
-    """
-    if text.lower() in metadata.UNKNOWN:
-        return math.nan
-    age = float(text)
-    if not 0 <= age <= 120:
-        raise ValueError
-    return age
 
 
 def _tell_missing(codes: np.ndarray, absent: Sequence[str]) -> None:
@@ -349,18 +231,21 @@ def _tell_missing(codes: np.ndarray, absent: Sequence[str]) -> None:
             f"The network also takes age, sex and site, which {num_without} of {len(codes)}"
             " photographs come without: give a CSV with columns path, age, sex, localization."
         )
-    if 0 < len(absent) < len(_METADATA_COLUMNS) and parallel.is_main():
+    if 0 < len(absent) < len(photographs.METADATA_COLUMNS) and parallel.is_main():
         console.log_line(f"--images has no column for {', '.join(absent)}: they count as unknown.")
 
 
-def _write(output: Path, paths, rows: Mapping[int, _Answer], errors) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "prediction", *CLASSES, *_DECISIONS, *_OOD, "error", "note"])
-    for number, path in enumerate(paths):
+def _write(
+    output: Path,
+    found: photographs.Photographs,
+    rows: Mapping[int, _Answer],
+    errors: Mapping[int, str],
+) -> None:
+    empty = [""] * len((*CLASSES, *_DECISIONS, *_OOD))
+    lines = [["path", "prediction", *CLASSES, *_DECISIONS, *_OOD, "error", "note"]]
+    for number, path in enumerate(found.paths):
         if number in errors:
-            empty = [""] * len((*CLASSES, *_DECISIONS, *_OOD))
-            answer = ["", *empty, errors[number]]
+            answer = ["", *empty, escape.shown(errors[number])]
         else:
             row = rows[number].probabilities
             first = CLASSES[row.argmax()]
@@ -368,22 +253,30 @@ def _write(output: Path, paths, rows: Mapping[int, _Answer], errors) -> None:
             if rows[number].ood_score is not None:
                 marks = [repr(rows[number].ood_score), "yes" if rows[number].unlike else "no"]
             answer = [first, *map(repr, row.tolist()), *rows[number].decisions, *marks, ""]
-        writer.writerow([path, *answer, DISCLAIMER])
-    files.write_text(output, text.getvalue())
+        lines.append([escape.shown(path), *answer, DISCLAIMER])
+    for path, why in found.named():
+        lines.append([escape.shown(path), "", *empty, why, DISCLAIMER])
+    files.write_text(output, escape.csv_text(lines))
 
 
-def _print(paths, rows: Mapping[int, _Answer], errors, output: Path) -> None:
+def _print(
+    found: photographs.Photographs,
+    rows: Mapping[int, _Answer],
+    errors: Mapping[int, str],
+    output: Path,
+) -> None:
     shown = []
+    paths = [*map(escape.shown, found.paths)]
     for number, path in enumerate(paths[:_SHOWN_ROWS]):
         if number in errors:
-            shown.append([str(path), "unreadable", errors[number], "", "", ""])
+            shown.append([path, "unreadable", escape.shown(errors[number]), "", "", ""])
             continue
         probabilities = rows[number].probabilities
         _, flag, inside = rows[number].decisions
         first, second = np.argsort(-probabilities, kind="stable")[:2]
         shown.append(
             [
-                str(path),
+                path,
                 f"{CLASSES[first]} {probabilities[first]:.2f}",
                 f"{CLASSES[second]} {probabilities[second]:.2f}",
                 flag,
@@ -392,7 +285,9 @@ def _print(paths, rows: Mapping[int, _Answer], errors, output: Path) -> None:
             ]
         )
     more = f", the first {_SHOWN_ROWS} shown" if len(paths) > _SHOWN_ROWS else ""
-    title = f"{len(paths) - len(errors)} of {len(paths)} photographs read{more}. {DISCLAIMER}"
+    beside = f"; not looked at: {found.counted()}" if found.left_out else ""
+    num_read = len(paths) - len(errors)
+    title = f"{num_read} of {len(paths)} photographs read{more}{beside}. {DISCLAIMER}"
     columns = ["photograph", "answer", "next", "malignant?", "set for 90 %", "like training?"]
     console.print_table(title, columns, shown)
     num_unlike = sum(row.unlike for row in rows.values())

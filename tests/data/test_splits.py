@@ -71,6 +71,20 @@ def test_bad_tables_are_refused_with_a_way_out():
         splits.folds(lesions_table([5] * 7), 2, -1)
 
 
+def test_ids_that_look_like_formulas_come_back(tmp_path):
+    table = lesions_table([3] * 7)
+    table["image_id"] = [("=", "-", "'@")[n % 3] + name for n, name in enumerate(table["image_id"])]
+    table["lesion_id"] = "+" + table["lesion_id"]
+    wanted = table["lesion_id"].str[-1].map({"0": "train", "1": "val", "2": "test"}).to_numpy()
+    path = tmp_path / "split.csv"
+    splits.write_csv(path, table, wanted)
+    assert all(line.startswith(("image_id", "'")) for line in path.read_text().splitlines())
+    np.testing.assert_array_equal(splits.trained_on(path, table), wanted == "train")
+    assert not splits.moved(path, table, wanted).any()
+    given = splits.assign(table, data_config(split_csv=str(path)), seed=0)
+    np.testing.assert_array_equal(given, wanted)
+
+
 def data_config(**changes):
     data = config.base().data
     data.update(changes)

@@ -1,16 +1,19 @@
 """Maps are those of the paper, depend on the weights, and stand over the place that they mean."""
 
 import json
+import os
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pandas as pd
 import pytest
 from flax import nnx
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from scipy import ndimage, stats
 
-from ham_jax import CLASSES, config, models, parallel
+from ham_jax import CLASSES, config, escape, models, parallel
 from ham_jax.config import InputError
 from ham_jax.evaluation import explain, metrics
 from ham_jax.models import resnet
@@ -228,12 +231,35 @@ def test_panels_of_a_persons_photographs(trained, tiny_raw, tmp_path, capsys):
     files = sorted(tiny_raw.rglob("*.jpg"))[:8]
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no image")
-    known = pd.DataFrame({"age": [50.0] * 9})
-    manifest = explain.run_on_photographs(trained, [broken, *files], known, [], parallel.mesh())
+    listed = tmp_path / "list.csv"
+    listed.write_text("path,age\n" + "".join(f"{path},50\n" for path in [broken, *files]))
+    manifest = explain.run_on_photographs(trained, str(listed), [], parallel.mesh())
     shown = [image["image"] for images in manifest["panels"].values() for image in images]
     assert shown == list(map(str, files))
     assert list(manifest["panels"]) == ["photographs1.png", "photographs2.png"]
     assert (trained / "explanations" / "photographs2.png").read_bytes().startswith(b"\x89PNG")
     assert str(broken) in " ".join(capsys.readouterr().err.split())
     with pytest.raises(InputError, match="No photograph"):
-        explain.run_on_photographs(trained, [broken], known, [], parallel.mesh())
+        explain.run_on_photographs(trained, str(broken), [], parallel.mesh())
+
+    hostile = ["$x_1$", "日本\u202e\n" + "x" * 200, os.fsdecode(b"\xff")]
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for name in (*hostile, "a.pdf"):
+        shutil.copy(files[0], folder / f"{name}{'' if name == 'a.pdf' else '.jpg'}")
+    manifest = explain.run_on_photographs(trained, str(folder), [], parallel.mesh())
+    written = json.loads((trained / "explanations" / "manifest.json").read_text())
+    assert written == manifest
+    shown = [image["image"] for image in manifest["panels"]["photographs1.png"]]
+    assert shown == [escape.shown(folder / f"{name}.jpg") for name in sorted(hostile)]
+    assert "Not looked at: 1 .pdf" in capsys.readouterr().err
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.text(st.characters(), max_size=60), st.sampled_from(["image", "image_id"]))
+@example("$\\frac{$", "image_id")
+@example("$$ ^ _ \\alpha ش ह\ud800\x00", "image")
+def test_a_panel_takes_any_name(name, key):
+    about = {key: name, "truth": "nv", "prediction": "mel", "probability": 0.5}
+    panel = explain.draw([about], np.zeros((1, 4, 4, 3)), np.zeros((1, 4, 4)))
+    assert panel.startswith(b"\x89PNG")

@@ -4,6 +4,7 @@ import collections
 import functools
 import html.parser
 import json
+import os
 import re
 import shutil
 
@@ -222,6 +223,21 @@ def test_a_hostile_name_is_a_name(full):
     page = Page(page_of(full))
     assert page.scripts == 1
     assert any(row and row[0] == HOSTILE for row in page.rows)
+
+
+def test_a_hostile_folder_is_a_name(bare, tmp_path, few_draws):
+    folder = tmp_path / os.fsdecode(b"a`<b>`\n# $x_1$\x1b\xff")
+    folder.mkdir()
+    shutil.copy(bare / "predictions.csv", folder)
+    report.run(folder)
+    shown = r"a`<b>`\n# $x_1$\x1b\xff"
+    assert f"<h1>Report on {html.escape(shown)}</h1>" in page_of(folder)
+    card = (folder / "model_card.md").read_text(encoding="utf-8")
+    assert card.startswith(r"# Model card: a\`&lt;b&gt;\`\\n# \$x\_1\$\\x1b\\xff" + "\n\n")
+    codes = re.findall(r"``([^\n]*)``", card)
+    assert len(codes) == 2  # what makes the robustness, and the card itself
+    assert all(shown in code for code in codes)
+    assert "<b>" not in re.sub(r"``[^\n]*``", "", card)
 
 
 def test_the_same_files_give_the_same_bytes(full, tmp_path):

@@ -2,13 +2,15 @@
 
 import csv
 import json
+import os
 import shutil
+import unicodedata
 
 import jax
 import numpy as np
 import pytest
 
-from ham_jax import CLASSES, DISCLAIMER, config, parallel
+from ham_jax import CLASSES, DISCLAIMER, config, escape, parallel
 from ham_jax.config import InputError
 from ham_jax.data import ham10000
 from ham_jax.data import image as image_files
@@ -176,23 +178,6 @@ def test_broken_files_get_a_row_and_the_rest_go_on(trained, tiny_raw, tmp_path, 
     assert predict.run([trained], str(folder / "a.jpg"), output, [], parallel.mesh()) == 0
 
 
-def test_images_by_file_folder_glob_and_csv(tmp_path):
-    for name in ("x/1.jpg", "x/y/2.PNG", "x/.hidden.jpg", "x/3.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    one, two = tmp_path / "x/1.jpg", tmp_path / "x/y/2.PNG"
-    (tmp_path / "list.csv").write_text("note,image\n,x/1.jpg\n,x/1.jpg\n")
-    (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
-    assert predict.find_images(str(one)) == [one]
-    assert predict.find_images(str(tmp_path / "x")) == [one, two]
-    assert predict.find_images(f"{tmp_path}/**/*.PNG") == [two]
-    assert predict.find_images(str(tmp_path / "list.csv")) == [one]
-    (tmp_path / "excel.csv").write_bytes("path\nFötö.jpg\n".encode("latin-1"))
-    for nothing in ("nope.jpg", "bad.csv", "*.tiff", "excel.csv"):
-        with pytest.raises(InputError, match="--images="):
-            predict.find_images(str(tmp_path / nothing))
-
-
 def test_metadata_count_where_the_network_takes_them_and_only_there(
     trained, trained_with_metadata, tiny_raw, tiny_records, tmp_path, capsys
 ):
@@ -234,24 +219,42 @@ def test_metadata_count_where_the_network_takes_them_and_only_there(
     np.testing.assert_array_equal(again[3], evaluated)
 
 
-def test_metadata_of_a_list(tmp_path):
-    listed = tmp_path / "list.csv"
-    listed.write_text(
-        "site,path,age_approx,sex\nback,a.jpg,45,male\n,,7,\nEar,b.jpg,,\nback,a.jpg,45.0,male\n"
-    )
-    assert len(predict.find_images(str(listed))) == 2
-    table = predict.find_metadata(str(listed), 2)
-    assert table.fillna(-1).to_dict("list") == {
-        "age": [45, -1],
-        "sex": ["male", ""],
-        "localization": ["back", "Ear"],
-    }
-    assert predict.find_metadata(str(tmp_path), 3).shape == (3, 0)
-    listed.write_text("path,age\na.jpg,fifty\nb.jpg,-3\nc.jpg,5\nc.jpg,6\n")
-    with pytest.raises(InputError) as refused:
-        predict.find_metadata(str(listed), 3)
-    for fault, part in zip(refused.value.faults, ("'fifty'", "'-3'", "c.jpg"), strict=True):
-        assert part in fault
+def test_every_name_and_every_file_left_out_is_in_the_answers(trained, tiny_raw, tmp_path, capsys):
+    """A folder with every kind of name: one row each, and nothing that runs anywhere."""
+    folder = tmp_path / "[red]\x1b[31m"
+    folder.mkdir()
+    good = next(tiny_raw.rglob("*.jpg"))
+    undecodable = os.fsdecode(b"\xff")
+    hostile = ["=cmd()", "$x_1$ {a} [red] :smile:", "a\nb\x1b[2J", "\u202egpj", undecodable]
+    for name in hostile:
+        shutil.copy(good, folder / f"{name}.jpg")
+    (folder / "gone.jpg").symlink_to("nowhere")
+    for name in ("film.mov", "\x1b].p\x07", "notes.txt"):
+        (folder / name).touch()
+    output = tmp_path / "answers.csv"
+    assert predict.run([trained], str(folder), output, [], parallel.mesh()) == len(hostile)
+    said = "".join(capsys.readouterr())
+    rows = answers(output)
+    names = [row["path"].removeprefix(escape.shown(folder) + "/") for row in rows]
+    shown = sorted([*(f"{name}.jpg" for name in hostile), "gone.jpg"])
+    assert names == [*map(escape.shown, shown), r"\x1b].p\x07", "film.mov"]
+    errors = dict(zip(names, (row["error"] for row in rows), strict=True))
+    assert errors["gone.jpg"] == "a link that leads nowhere"
+    assert errors["film.mov"] == "not looked at: not a photograph by its name (.mov)"
+    assert [row["prediction"] for row in rows].count("") == 3
+    for text in (output.read_text(), said):
+        assert not any(unicodedata.category(c) in ("Cc", "Cf") for c in text.replace("\n", ""))
+    words = " ".join(said.split())
+    assert r"5 of 6 photographs read; not looked at: 1 .mov, 1 .p\x07, 1 .txt." in words
+
+    shutil.copy(good, tmp_path / "=a.jpg")
+    (tmp_path / "list.csv").write_text(f"path\n=a.jpg\nhttp://x/a.jpg\n{'n' * 300}\n")
+    assert predict.run([trained], str(tmp_path / "list.csv"), output, [], parallel.mesh()) == 1
+    assert ["URL" in row["error"] for row in answers(output)] == [False, True, False]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        predict.run([trained], "=a.jpg", output, [], parallel.mesh())
+    assert output.read_text().split("\n")[1].startswith("'=a.jpg,")
 
 
 def test_an_output_in_a_missing_folder_is_refused_before_work(trained, tiny_raw, tmp_path):

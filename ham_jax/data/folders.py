@@ -1,0 +1,114 @@
+"""What lies in a folder: the one walk, for data folders and a person's photographs alike."""
+
+import dataclasses
+import fnmatch
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from ham_jax.data import image
+
+# Of macOS, Synology, QNAP, Windows and Linux: thumbnails, copies and what was thrown away.
+_SYSTEM = frozenset(
+    {
+        *("__macosx", "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"),
+        *("$recycle.bin", "system volume information", "lost+found", "__pycache__"),
+    }
+)
+_RECORDS = "dataset_info.json"  # in folders that `ham10000.prepare` made
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """What a folder holds, at any depth.
+
+    Attributes:
+      files: regular files, those of a folder before those of its folders, each by name.
+      faults: what cannot be read, and why: links that lead nowhere, pipes, locked folders.
+      left_out: hidden files, and folders that were not entered.
+    """
+
+    files: list[Path] = dataclasses.field(default_factory=list)
+    faults: dict[Path, str] = dataclasses.field(default_factory=dict)
+    left_out: list[Path] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unreadable:
+    """A source for `image.load` that only says why there is no photograph."""
+
+    why: str
+
+    def read(self) -> bytes:
+        """Raises ImageError."""
+        raise image.ImageError(self.why)
+
+
+def is_hidden(name: str, named: Sequence[str] = ()) -> bool:
+    """Returns whether a file or folder of this name is nobody's photograph or table.
+
+    Args:
+      name: without the folders above it.
+      named: patterns of names that were asked for, hidden or not.
+    """
+    if not name.startswith(".") and name.lower() not in _SYSTEM:
+        return False
+    return not any(fnmatch.fnmatchcase(name, pattern) for pattern in named)
+
+
+def fault(path: str | os.PathLike) -> str | None:
+    """Returns why a path cannot be opened as a file; None if it can, as far as one can see."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return "a link that leads nowhere" if os.path.islink(path) else "there is no such file"
+    except OSError as error:
+        return f"cannot be opened: {error.strerror}"
+    except ValueError as error:  # a NUL, or half a character
+        return f"no file can have this name: {error}"
+    if stat.S_ISDIR(mode):
+        return "a folder, where a file must be named"
+    return None if stat.S_ISREG(mode) else "a pipe, socket or device, which is never opened"
+
+
+def walk(folder: str | os.PathLike, named: Sequence[str] = ()) -> Content:
+    """Looks through a folder and all below it; links to folders are followed, each folder once.
+
+    Args:
+      folder: where to start.
+      named: see `is_hidden`.
+    """
+    content, seen, waiting = Content(), set(), [Path(folder)]
+    while waiting:
+        parent = waiting.pop()
+        real = os.path.realpath(parent)
+        if real in seen:  # a circle of links
+            continue
+        seen.add(real)
+        try:
+            with os.scandir(parent) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            content.faults[parent] = f"a folder that cannot be read: {error.strerror}"
+            continue
+        if any(entry.name == _RECORDS for entry in entries):
+            content.left_out.append(parent)
+            continue
+        folders = []
+        for entry in entries:
+            path = Path(entry.path)
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # such as a link to itself; `fault` says what it is
+                is_folder = is_file = False
+            if is_hidden(entry.name, named):
+                content.left_out.append(path)
+            elif is_folder:
+                folders.append(path)
+            elif not is_file and (why := fault(path)):
+                content.faults[path] = why
+            else:
+                content.files.append(path)
+        waiting += reversed(folders)
+    return content
