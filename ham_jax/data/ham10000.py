@@ -39,7 +39,7 @@ from ham_jax import CLASSES
 from ham_jax.config import InputError, nearest
 from ham_jax.data import image
 
-DECODER_VERSION = 2
+DECODER_VERSION = 3
 """Raise it when `image.load` gives other pixels for the same file: old records are then remade."""
 
 COLUMNS = ("lesion_id", "dx", "dx_type", "age", "sex", "localization", "dataset")
