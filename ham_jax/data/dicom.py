@@ -6,9 +6,13 @@ import io
 import numpy as np
 
 _DEFLATED = b"1.2.840.10008.1.2.1.99"  # a transfer syntax that unpacks to any size
-NEEDS = (
+_NEEDS = (
     'a DICOM file, which needs pydicom: python -m pip install "pydicom>=3,<4" or "ham-jax[dicom]"'
 )
+
+
+class UnreadableError(ValueError):
+    """A DICOM file of a kind that is not read; the text says which."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,20 +43,22 @@ def read(data: bytes, max_pixels: int) -> Samples:
     """Reads a file's first frame.
 
     Raises:
-      ModuleNotFoundError: pydicom is not installed.
-      ValueError: too many pixels, or a kind that is not read.
+      UnreadableError: pydicom is not installed, too many pixels, or a kind that is not read.
       Exception: whatever pydicom raises for a damaged file.
     """
-    import pydicom
-    from pydicom import pixels
-
+    try:
+        import pydicom
+        from pydicom import pixels
+    except ModuleNotFoundError as error:
+        raise UnreadableError(_NEEDS) from error
     if _DEFLATED in data[:4096]:
-        raise ValueError("a deflated DICOM file; save it in another transfer syntax")
+        raise UnreadableError("a deflated DICOM file; save it in another transfer syntax")
     file = pydicom.dcmread(io.BytesIO(data))
     if "PixelData" not in file:
-        raise ValueError("a DICOM file without a picture")
+        raise UnreadableError("a DICOM file without a picture")
+    shape = (file.Columns, file.Rows, file.SamplesPerPixel)
     if file.Rows * file.Columns > max_pixels or file.SamplesPerPixel not in (1, 3):
-        raise ValueError(f"{file.Columns} x {file.Rows} x {file.SamplesPerPixel} DICOM samples")
+        raise UnreadableError("too large, or not grey or RGB: {} x {} x {}".format(*shape))
     values, bits, window = pixels.pixel_array(file, index=0), file.BitsStored, None
     kind = file.PhotometricInterpretation
     if kind == "PALETTE COLOR":
@@ -74,7 +80,9 @@ def _window(file, values: np.ndarray) -> tuple[np.ndarray, tuple[float, float] |
         values = pixels.apply_modality_lut(values, file)
         ends = np.array([0.0, (1 << file.ModalityLUTSequence[0].LUTDescriptor[2]) - 1])
     elif "RescaleSlope" in file:
-        values, ends = (pixels.apply_modality_lut(x, file) for x in (values, stored))
+        ends = pixels.apply_modality_lut(stored, file)
+        if (ends != stored).any():
+            values = pixels.apply_modality_lut(values, file)
     if "VOILUTSequence" in file:
         values = pixels.apply_voi_lut(values, file)
         return values, (0.0, float((1 << file.VOILUTSequence[0].LUTDescriptor[2]) - 1))

@@ -28,6 +28,7 @@ _TIFF_PIXELS = {
     *(256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324),
     *(325, 338, 339, 347, *range(512, 522), 529, 530, 532, 34675, 48129, 50674),
 }
+_TIFF_SCALARS = {256, 257, 259, 262, 266, 277, 278, 284, 317, 322, 323}
 _TIFF_SAMPLES = {258, 262, 277, 280, 281, 284, 339, 340, 341}
 _JPEG_LEAST = {0xE0: (b"JFIF\0", 14), 0xE2: (b"ICC_PROFILE\0", 14), 0xEE: (b"Adobe", 12)}
 
@@ -148,7 +149,7 @@ def _orientation(found: _Directory, data: bytes) -> int | None:
 def _tiff(data: bytes) -> Photograph:
     """Leaves of the first directory what pixels need, and of all directories only that one."""
     found = _Directory.of(data)
-    kept = [entry.own for entry in found.entries if entry.tag in _TIFF_PIXELS]
+    kept = [_whole(found, data, entry) for entry in found.entries if entry.tag in _TIFF_PIXELS]
     directory = struct.pack(found.end + ("Q" if found.big else "H"), len(kept)) + b"".join(kept)
     directory += bytes(8 if found.big else 4)  # no further directory
     return Photograph(
@@ -156,6 +157,16 @@ def _tiff(data: bytes) -> Photograph:
         _orientation(found, data) or _xmp_orientation(found.values(data, _XMP)[1]) or 1,
         {tag: found.numbers(data, tag) for tag in _TIFF_SAMPLES},
     )
+
+
+def _whole(found: _Directory, data: bytes, entry: _Entry) -> bytes:
+    """Returns an entry's bytes; a width of 40.0 or 40/1 becomes the whole number it has to be."""
+    value = next(iter(found.numbers(data, entry.tag)), None)
+    usual = entry.kind in (3, 4) or entry.tag not in _TIFF_SCALARS
+    if usual or value is None or not (0 <= value < 1 << 32 and value == int(value)):
+        return entry.own
+    layout = found.end + ("HHQI4x" if found.big else "HHII")  # as one LONG
+    return struct.pack(layout, entry.tag, 4, 1, int(value))
 
 
 def _jpeg(data: bytes) -> Photograph:

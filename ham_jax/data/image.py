@@ -54,6 +54,7 @@ _FEW = 32  # sources for which starting processes does not pay
 _AHEAD_PER_WORKER = 32
 _MAX_BYTES = 1 << 30
 _MAX_PIXELS = 200_000_000
+_MAX_SCANS = 20  # of so many pixels: a progressive JPEG takes its time again for each scan
 _SPARE = 1.5  # times the canvas's pixels along a side, at least, come out of the JPEG decoder
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -206,7 +207,8 @@ def _faults_named() -> Iterator[None]:
     # Pillow's plugins, libheif and pydicom raise anything for damaged files: RuntimeError,
     # struct.error, AttributeError, NotImplementedError, ... One file must not end a batch.
     except Exception as error:
-        raise ImageError(f"damaged or unreadable: {error or type(error).__name__}") from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ImageError(f"damaged or unreadable: {reason}") from error
 
 
 def _bytes(source) -> bytes:
@@ -223,14 +225,18 @@ def _file_bytes(path: str | os.PathLike) -> bytes:
     """Reads a regular file; anything else might never end, or wait for ever."""
     try:
         # Not blocking, or opening a FIFO would wait for a writer.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY), "rb") as file:
-            status = os.fstat(file.fileno())
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        try:
+            status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 kind = "folder" if stat.S_ISDIR(status.st_mode) else "device, pipe or socket"
                 raise ImageError(f"a {kind}, not a file")
             if status.st_size > _MAX_BYTES:
                 raise ImageError(f"too large: {status.st_size / 1e9:.1f} GB in one file")
-            return file.read(status.st_size)
+            with open(descriptor, "rb", closefd=False) as file:
+                return file.read(status.st_size)
+        finally:
+            os.close(descriptor)
     except FileNotFoundError as error:
         link = os.path.islink(path)
         raise ImageError(
@@ -253,7 +259,9 @@ def _decoded(data: bytes, canvas: tuple[int, int] | None = None) -> Image.Image:
     # Uncompressed planes of 16 bits come out as noise unless libtiff takes them apart.
     TiffImagePlugin.READ_LIBTIFF = _in_planes(file)
     with _opened(file.data) as image:
-        _check_size(*image.size)
+        num_scans = file.data.count(b"\xff\xda") if image.format == "JPEG" else 1
+        if image.width * image.height * max(1, num_scans / _MAX_SCANS) > _MAX_PIXELS:
+            raise ImageError(f"too large: {image.width} x {image.height} pixels")
         if canvas and image.format == "JPEG":
             # libjpeg can decode a half, quarter or eighth of each side, the faster the smaller.
             # With so many pixels to spare the result is within a grey level (51 dB) of scaling
@@ -284,11 +292,6 @@ def _in_planes(file: exif.Photograph) -> bool:
     return file.samples.get(284, ())[:1] == (2,) and 16 in file.samples.get(258, ())
 
 
-def _check_size(width: int, height: int) -> None:
-    if width * height > _MAX_PIXELS:
-        raise ImageError(f"too large: {width} x {height} pixels")
-
-
 def _on_canvas(image: Image.Image, canvas: tuple[int, int]) -> np.ndarray:
     height, width = canvas
     if (image.height > image.width and height < width) or (
@@ -314,8 +317,8 @@ def _orientation(info: dict) -> int:
 def _dicom(data: bytes) -> Image.Image:
     try:
         found = dicom.read(data, _MAX_PIXELS)
-    except ModuleNotFoundError as error:
-        raise ImageError(dicom.NEEDS) from error
+    except dicom.UnreadableError as error:
+        raise ImageError(str(error)) from error
     pixels = _eight_bits(found.values, found.bits, found.window)
     return profiles.to_srgb(
         Image.fromarray(255 - pixels if found.inverted else pixels), found.profile
