@@ -53,7 +53,9 @@ def _transform(profile: bytes) -> tuple[str | None, ImageCms.ImageCmsTransform |
             mode,
             "RGB",
             ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            ImageCms.Flags.BLACKPOINTCOMPENSATION,
+            # LittleCMS's tables for greys are too coarse for dark ones.
+            ImageCms.Flags.BLACKPOINTCOMPENSATION
+            | (ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE),
         )
         colours = np.stack(np.meshgrid(*[np.arange(0, 256, 15, np.uint8)] * 3), -1)
         probe = Image.fromarray(colours.reshape(1, -1, 3)).convert(mode)
