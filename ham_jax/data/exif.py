@@ -30,8 +30,9 @@ _TIFF_PIXELS = {
 }
 _TIFF_SCALARS = {256, 257, 259, 262, 266, 277, 278, 284, 317, 322, 323}
 _TIFF_SAMPLES = {258, 262, 277, 280, 281, 284, 339, 340, 341}
+# Of JPEG's application segments those that libjpeg or a profile needs: their beginning and least
+# length; it ignores shorter ones, where Pillow raises.
 _JPEG_LEAST = {0xE0: (b"JFIF\0", 14), 0xE2: (b"ICC_PROFILE\0", 14), 0xEE: (b"Adobe", 12)}
-
 
 DISPLAY_P3 = 12
 """The number of its primaries in ITU-T H.273."""
@@ -43,7 +44,7 @@ class Photograph:
 
     Attributes:
       data: the file without the metadata that decoders would interpret.
-      orientation: EXIF's, 1 to 8; None where neither EXIF nor XMP was found in this container.
+      orientation: EXIF's or XMP's, 1 to 8; None where the decoder hands them over: `orientation`.
       samples: TIFF's tags about samples (258 BitsPerSample, 281 MaxSampleValue, ...); of a PNG
         with sBIT, its BitsPerSample.
       primaries: the number of ITU-T H.273 for the colours of a PNG, HEIF or AVIF.
@@ -200,7 +201,7 @@ def _png(data: bytes) -> Photograph:
     bits, primaries = head.find(b"sBIT") + 4, head.find(b"cICP") + 4
     return Photograph(
         data,
-        samples={258: (head[bits],)} if bits > 3 else {},
+        samples={258: (head[bits],)} if bits > 3 and head[bits] in range(1, 17) else {},
         primaries=head[primaries] if primaries > 3 else None,
     )
 

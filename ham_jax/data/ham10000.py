@@ -89,9 +89,12 @@ class ZipMember:
         """Returns the member's bytes; thread-safe.
 
         Raises:
-          OSError: the zip is damaged, encrypted or packed in an unknown way.
+          OSError: the zip is damaged, encrypted or packed in an unknown way, or the member is
+            too large for a photograph.
         """
         try:
+            if _zip(self.zip_path).getinfo(self.name).file_size > image.MAX_BYTES:
+                raise OSError("too large: more than 1 GB, unpacked")
             return _zip(self.zip_path).read(self.name)
         # RuntimeError is zipfile's for an encrypted member and for an unknown compression.
         except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:

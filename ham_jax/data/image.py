@@ -48,11 +48,13 @@ _FORMATS = {
 SUFFIXES = frozenset({".dcm", ".dicom"}.union(*_FORMATS.values()))
 """Of the files that `load` reads, in small letters; it goes by their content."""
 
+MAX_BYTES = 1 << 30
+"""A larger file is no photograph, and is not read."""
+
 pillow_heif.register_heif_opener(thumbnails=False)
 
 _FEW = 32  # sources for which starting processes does not pay
 _AHEAD_PER_WORKER = 32
-_MAX_BYTES = 1 << 30
 _MAX_PIXELS = 200_000_000
 _MAX_SCANS = 20  # of so many pixels: a progressive JPEG takes its time again for each scan
 _SPARE = 1.5  # times the canvas's pixels along a side, at least, come out of the JPEG decoder
@@ -231,7 +233,7 @@ def _file_bytes(path: str | os.PathLike) -> bytes:
             if not stat.S_ISREG(status.st_mode):
                 kind = "folder" if stat.S_ISDIR(status.st_mode) else "device, pipe or socket"
                 raise ImageError(f"a {kind}, not a file")
-            if status.st_size > _MAX_BYTES:
+            if status.st_size > MAX_BYTES:
                 raise ImageError(f"too large: {status.st_size / 1e9:.1f} GB in one file")
             with open(descriptor, "rb", closefd=False) as file:
                 return file.read(status.st_size)
@@ -406,7 +408,7 @@ def _eight_bits(
     if floating and not np.isfinite(values).all():
         raise ImageError("its pixels hold NaN or infinity")
     low, high = ends or (0.0, 1.0 if floating else _white(int(values.max()), bits))
-    if not ends and (values.min() < 0 or values.max() > high):
+    if low >= high or (not ends and (values.min() < 0 or values.max() > high)):
         raise ImageError(
             f"its values reach from {values.min():g} to {values.max():g}, and nothing in the file"
             " tells which is white; save it with 8 or 16 bits, or as floats from 0 to 1"
