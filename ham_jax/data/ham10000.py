@@ -38,7 +38,7 @@ from ham_jax.config import InputError, nearest
 from ham_jax.data import folders, image, metadata, tables
 from ham_jax.local_path import LocalPath
 
-DECODER_VERSION = 2
+DECODER_VERSION = 3
 """Raise it when `image.load` gives other pixels for the same file: old records are then remade."""
 
 COLUMNS = ("lesion_id", "dx", "dx_type", "age", "sex", "localization", "dataset")
@@ -123,9 +123,12 @@ class ZipMember:
         """Returns the member's bytes; thread-safe.
 
         Raises:
-          OSError: the zip is damaged, encrypted or packed in an unknown way.
+          OSError: the zip is damaged, encrypted or packed in an unknown way, or the member is
+            too large for a photograph.
         """
         try:
+            if _zip(self.zip_path).getinfo(self.name).file_size > image.MAX_BYTES:
+                raise OSError("too large: more than 1 GB, unpacked")
             return _zip(self.zip_path).read(self.name)
         # RuntimeError is zipfile's for an encrypted member and for an unknown compression.
         except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:

@@ -1,11 +1,17 @@
 """Any photograph becomes the same RGB pixels; what cannot be read says why."""
 
 import io
+import os
+import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from ham_jax.data import image
@@ -73,6 +79,104 @@ def test_sixteen_bits_become_eight_by_scaling(form):
     np.testing.assert_allclose(got[..., 0], deep / 257, atol=1)
 
 
+RAMP = np.linspace(0, 1, 1200).reshape(30, 40)
+GREY = np.round(RAMP * 255)[..., None].repeat(3, 2)
+
+
+def scaled(top, kind="u2"):
+    return np.round(RAMP * top).astype(kind)
+
+
+def tiff(values, form="minisblack", **options):
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, values, photometric=form, **options)
+    return buffer.getvalue()
+
+
+def png16(values, *, sbit=b""):
+    kind = {2: 0, 3: 2}[values.ndim]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, kind, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"sBIT", sbit), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+        if body or name == b"IEND"
+    )
+
+
+def tagged(*tags):
+    return {"extratags": [(tag, kind, 1, value, True) for tag, kind, value in tags]}
+
+
+COLOURS = np.dstack([scaled(4095), scaled(4095)[::-1], scaled(4095)[:, ::-1]])
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize(
+    ("values", "options"),
+    [
+        (scaled(4095), {}),
+        (scaled(1023), {}),
+        (scaled(16383), tagged((281, 3, 16383))),  # MaxSampleValue
+        (scaled(4095, "i2"), {}),
+        (scaled(32767, "i2"), {}),
+        (scaled(4095, "i4"), {}),
+        (scaled(65535, "i4"), {}),
+        (scaled(2**31 - 1, "i4"), {}),
+        (scaled(4095, "i2") - 2048, tagged((340, 8, -2048), (341, 8, 2047))),  # SMin-, SMaxSample
+        (RAMP.astype("f4"), {}),
+        ((RAMP * 255).astype("f4"), tagged((341, 11, 255.0))),
+    ],
+)
+def test_white_is_the_files_own_maximum(values, options, order):
+    got = image.load(tiff(values, byteorder=order, **options), (30, 40))
+    np.testing.assert_allclose(got, GREY, atol=1)
+
+
+def test_white_of_other_formats_and_of_colours():
+    for data in (
+        tiff(scaled(2**32 - 1, "u4")),
+        png16(scaled(4095)),
+        png16(scaled(65535), sbit=b"\x0c"),
+        b"P5 40 30 4095\n" + scaled(4095, ">u2").tobytes(),
+        encode(scaled(4095), "JPEG2000", irreversible=False),
+    ):
+        np.testing.assert_allclose(image.load(data, (30, 40)), GREY, atol=1)
+    dark = image.load(png16(scaled(511), sbit=b"\x0c"), (30, 40))  # 12 bits, as it says
+    np.testing.assert_allclose(dark, GREY / 8, atol=1)
+    white_is_zero = image.load(tiff(scaled(65535), "miniswhite"), (30, 40))
+    np.testing.assert_allclose(white_is_zero, 255 - GREY, atol=1)
+    wanted = np.round(COLOURS / 4095 * 255)
+    whole = {"extratags": [(281, 3, 3, (16383,) * 3, True)]}
+    for data in (
+        png16(COLOURS),
+        tiff(COLOURS, "rgb"),
+        tiff(COLOURS, "rgb", byteorder=">", compression="zlib"),
+        tiff(COLOURS * 4, "rgb", **whole),
+        tiff(COLOURS.transpose(2, 0, 1) * 16, "rgb", planarconfig="separate"),
+    ):
+        np.testing.assert_allclose(image.load(data, (30, 40)), wanted, atol=1)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (tiff(scaled(1_000_000, "i4")), "which is white"),
+        (tiff(scaled(4095, "i2") - 2048), "which is white"),
+        (tiff((RAMP * 255).astype("f4")), "which is white"),
+        (tiff(np.where(RAMP > 0.9, np.nan, RAMP).astype("f4")), "NaN"),
+        (tiff(np.where(RAMP > 0.9, np.inf, RAMP).astype("f4")), "infinity"),
+        (tiff(RAMP), "kind of TIFF"),
+        (tiff(COLOURS.transpose(2, 0, 1), "rgb", planarconfig="separate"), "fewer bits"),
+        (b"P6 40 30 65535\n" + COLOURS.astype(">u2").tobytes(), "fewer bits"),
+    ],
+)
+def test_a_range_that_nothing_tells_is_an_error(data, reason):
+    with pytest.raises(ImageError, match=reason):
+        image.load(data, (30, 40))
+
+
 def test_geometry_covers_the_canvas_around_the_centre():
     wide = np.zeros((30, 80, 3), np.uint8)
     wide[:, 20:60] = SMOOTH
@@ -104,6 +208,118 @@ def test_what_cannot_be_read_says_why(data, reason, tmp_path):
         image.load(tmp_path / "a.jpg", (30, 40))
     with pytest.raises(ImageError, match="no such file"):
         image.load(tmp_path / "b.jpg", (30, 40))
+
+
+def test_every_suffix_of_the_formats_counts():
+    Image.init()
+    registered = Image.registered_extensions()
+    for form, suffixes in image._FORMATS.items():
+        known = {suffix for suffix, name in registered.items() if name == form}
+        assert known <= set(suffixes), form
+        assert form in Image.OPEN
+
+
+@pytest.mark.parametrize("form", ["JPEG", "MPO", "GIF", "AVIF", "JPEG2000", "HEIF", "PPM"])
+def test_formats_that_phones_and_tools_write_are_read(form):
+    options = {"save_all": True, "append_images": [Image.new("RGB", (40, 30))]}
+    data = encode(SMOOTH, form, **(options if form in ("MPO", "GIF") else {}))
+    assert np.abs(image.load(data, (30, 40)).astype(int) - SMOOTH).mean() < 12
+
+
+SEEDS = [
+    *(encode(SMOOTH, form) for form in ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "AVIF")),
+    *(encode(SMOOTH, form) for form in ("JPEG2000", "MPO", "HEIF", "PPM", "DDS", "EPS", "TGA")),
+    encode(SMOOTH, "JPEG", progressive=True),
+    encode(SMOOTH, "TIFF", compression="tiff_lzw"),
+    tiff(COLOURS, "rgb", compression="zlib"),
+    bytes(128) + b"DICM" + bytes(200),
+]
+
+
+@settings(max_examples=400, deadline=None, database=None)
+@given(st.data())
+def test_whatever_a_file_holds_it_gives_pixels_or_an_image_error(data):
+    file = bytearray(data.draw(st.sampled_from(SEEDS)))
+    places = st.integers(0, len(file) - 1)
+    how = data.draw(st.sampled_from(["cut", "flip", "splice"]))
+    if how == "cut":
+        del file[data.draw(places) :]
+    elif how == "flip":
+        near = st.integers(0, min(300, len(file) - 1))  # headers
+        for place in data.draw(st.lists(near | places, min_size=1, max_size=8)):
+            file[place] ^= data.draw(st.integers(1, 255))
+    else:
+        other = data.draw(st.sampled_from(SEEDS))
+        start, since = data.draw(places), data.draw(st.integers(0, len(other)))
+        file[start : data.draw(st.integers(start, len(file)))] = other[since : since + 200]
+    try:
+        pixels = image.load(bytes(file), (30, 40))
+    except ImageError as error:
+        assert str(error)  # noqa: PT017  (pixels are as good an answer)
+    else:
+        assert pixels.shape == (30, 40, 3)
+        assert pixels.dtype == np.uint8
+
+
+@pytest.mark.parametrize("form", ["DDS", "EPS", "TGA", "PDF"])
+def test_what_is_no_photograph_is_not_opened_whatever_its_suffix(form):
+    with pytest.raises(ImageError, match="not an image"):
+        image.load(encode(SMOOTH, form), (30, 40))
+
+
+@pytest.mark.parametrize(
+    "opener", [lambda x: image.load(x, (6, 8)), lambda x: image.smaller_png(x, 9)]
+)
+def test_only_regular_files_of_a_sane_size_are_opened(opener, tmp_path):
+    os.mkfifo(tmp_path / "fifo.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    with open(tmp_path / "huge.jpg", "wb") as file:
+        file.truncate(1 << 31)
+    for name, reason in {
+        "fifo.jpg": "pipe",
+        "/dev/zero": "device",
+        "folder.jpg": "folder",
+        "link.jpg": "a link to a file",
+        "loop.jpg": "cannot be opened",
+        "huge.jpg": "too large",
+        "x" * 300: "cannot be opened",
+        "null\0byte": "damaged",
+    }.items():
+        with pytest.raises(ImageError, match=reason):
+            opener(tmp_path / name)
+
+
+def test_pictures_that_would_take_for_ever_are_refused():
+    scans = encode(Image.new("RGB", (4000, 4000)), "JPEG", progressive=True)
+    last = scans[scans.rindex(b"\xff\xda") : -2]
+    with pytest.raises(ImageError, match="too large"):
+        image.load(scans[:-2] + last * 300 + scans[-2:], (30, 40))
+    heic = encode(SMOOTH, "HEIF")
+    size = heic.index(b"ispe") + 8
+    with pytest.raises(ImageError):
+        image.load(heic[:size] + b"\0\1\0\0" * 2 + heic[size + 8 :], (30, 40))
+
+
+class Deadly:
+    """A photograph that ends the process that receives it, as a crash or the kernel would."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_a_photograph_that_kills_its_process_is_named_and_the_others_are_read():
+    good = encode(SMOOTH, "PNG")
+    files = [good] * 90  # more than are under way at once
+    files[3] = files[4] = Deadly()
+    for number, got in enumerate(image.load_many(files, (30, 40), 2)):
+        if number in (3, 4):
+            assert isinstance(got, ImageError)
+            assert "killed" in str(got)
+        else:
+            np.testing.assert_array_equal(got, SMOOTH)
+    assert number == 89
 
 
 def test_a_large_jpeg_is_decoded_small_and_looks_the_same():
