@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from sklearn import model_selection
 
-from ham_jax import CLASSES, files
+from ham_jax import CLASSES, files, reading
 from ham_jax.config import InputError, nearest
 
 SPLITS = ("train", "val", "test")
@@ -247,7 +247,8 @@ def _read_csv(path: str | os.PathLike) -> pd.DataFrame:
     """
     try:
         columns = ["image_id", "lesion_id", "split"]
-        return pd.read_csv(path, dtype=str, keep_default_na=False, usecols=columns)
+        with reading.open_regular(path) as file:
+            return pd.read_csv(file, dtype=str, keep_default_na=False, usecols=columns)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as the split of a run: {error}") from error
 

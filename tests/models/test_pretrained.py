@@ -479,7 +479,8 @@ def test_colours_described_in_another_way_are_refused(cfg, tmp_path):
 
 def test_a_tensor_beyond_its_storage_is_refused():
     tensor = torch_file._Tensor(("FloatStorage", "0"), 1, (2, 2), (2, 1))
+    elements = np.zeros(4, np.float32)
     with pytest.raises(ValueError, match="beyond"):
-        tensor.array(bytes(16), "little")
+        tensor.array(elements)
     with pytest.raises(ValueError, match="beyond"):
-        tensor._replace(offset=0, strides=(-1, 1)).array(bytes(16), "little")
+        tensor._replace(offset=0, strides=(-1, 1)).array(elements)
