@@ -29,10 +29,7 @@ _MAX_DIRECTORY_BYTES = 64 << 20
 _MAX_RATIO = 100
 _FREE_BYTES = 64 << 20  # whatever the ratio: an array of zeros is no attack
 _CHUNK_BYTES = 1 << 20
-_CHUNK_BYTES_OF = {
-    zipfile.ZIP_BZIP2: 4096,
-    zipfile.ZIP_LZMA: 4096,
-}  # unpack all that they are given
+_PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile unpacks others without a limit
 _MAX_HEADER_BYTES = 10_000  # of an array, numpy's own limit
 
 
@@ -42,11 +39,11 @@ def open_regular(path: str | os.PathLike) -> IO[bytes]:
     Raises:
       OSError: it cannot be opened, or is a folder, a pipe or a device, which could wait for ever.
     """
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
         raise OSError("it is not a regular file")
-    return file
+    return os.fdopen(handle, "rb")
 
 
 def open_text(path: str | os.PathLike, encoding: str = "utf-8") -> IO[str]:
@@ -126,8 +123,14 @@ def check_sizes(members: list[zipfile.ZipInfo], max_bytes: int) -> None:
     """Checks what members would take, by what the zip says, before they are unpacked.
 
     Raises:
-      OSError: more than `max_bytes`, or far more than what they are packed in.
+      OSError: more than `max_bytes`, far more than what they are packed in, an odd packing, or one
+        with a password.
     """
+    if closed := next((m for m in members if m.flag_bits & 1), None):
+        raise OSError(f"{closed.filename!r:.200} is encrypted")
+    if odd := next((m for m in members if m.compress_type not in _PACKINGS), None):
+        kind = zipfile.compressor_names.get(odd.compress_type, odd.compress_type)
+        raise OSError(f"{odd.filename!r:.200} is packed by {kind}; deflate is what is read")
     size, packed = (sum(getattr(m, key) for m in members) for key in ("file_size", "compress_size"))
     if size > max_bytes:
         raise OSError(f"it unpacks to {size:,} bytes; {max_bytes:,} are the most")
@@ -141,10 +144,9 @@ def chunks(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]
     Raises:
       ZIP_ERRORS, OSError: it is damaged: shorter, longer, or of another checksum.
     """
-    num_bytes = _CHUNK_BYTES_OF.get(member.compress_type, _CHUNK_BYTES)
     left = member.file_size
     with archive.open(member) as file:
-        while chunk := file.read(num_bytes):
+        while chunk := file.read(_CHUNK_BYTES):
             left -= len(chunk)
             yield chunk
     if left:
@@ -192,7 +194,10 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     }.get(version)
     if read_header is None:
         raise ValueError(f"{member.filename}: version {version} of the format")
-    shape, is_fortran, dtype = read_header(head, max_header_size=_MAX_HEADER_BYTES)
+    try:
+        shape, is_fortran, dtype = read_header(head, max_header_size=_MAX_HEADER_BYTES)
+    except Exception as error:  # it is evaluated as Python: from TokenError to RecursionError
+        raise ValueError(f"{member.filename}: {error}") from error
     if dtype.hasobject or not dtype.itemsize or min(shape, default=0) < 0:
         raise ValueError(f"{member.filename}: an array {shape} of {dtype}")
     num_bytes = math.prod(shape) * dtype.itemsize

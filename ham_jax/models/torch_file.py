@@ -29,12 +29,14 @@ MAX_BYTES = 8 << 30
 """What all tensors of a file may take where no network says how much it needs."""
 
 _MAGIC = 0x1950A86A20F9469CFC6C
-# A network of 1,000 tensors with the state of its optimizer takes a tenth of these.
-_MAX_OPCODES = 500_000
-_MAX_PICKLE_BYTES = 32 << 20
+# What a pickle reads, in bytes; an object takes about 64 of memory, and an opcode about that time.
+# A ResNet-152 with the state of its optimizer costs a third.
+_MAX_PICKLE_COST = 32 << 20
+_READ_COST = 64
 _MAX_LINE_BYTES = 1 << 16
 _MAX_DEPTH = 32
 _MAX_SHOWN = 200
+_CONTAINERS = (dict, list, tuple)
 _MAX_AXES = 32
 _MAX_REPEATS = 1 << 16  # by strides of 0, as torch's expand() makes them
 _STORAGES = {
@@ -92,29 +94,28 @@ def _elements(storage: _Storage, raw: bytes, byteorder: str) -> np.ndarray:
 
 
 class _Counted:
-    """A file for one pickle after the other, which may not read for ever."""
+    """A file of which one pickle may cost so much and no more."""
 
     def __init__(self, file: IO[bytes]):
         self._file = file
-        self.num_left = _MAX_OPCODES
-        self._bytes_left = _MAX_PICKLE_BYTES
+        self._left = _MAX_PICKLE_COST
 
-    def spend(self, num_opcodes: int, num_bytes: int = 0) -> None:
-        """Counts; raises ValueError where it was too much."""
-        self.num_left -= num_opcodes
-        self._bytes_left -= num_bytes
-        if min(self.num_left, self._bytes_left) < 0:
+    def spend(self, cost: int) -> None:
+        """Raises ValueError where all is spent."""
+        self._left -= cost
+        if self._left < 0:
             raise ValueError("its pickle is longer than that of any network")
 
     def read(self, num_bytes: int) -> bytes:
-        """Reads, as a file does; an opcode reads at least once."""
-        self.spend(1, num_bytes)
+        """Reads as a file does; each opcode reads at least once."""
+        self.spend(_READ_COST + num_bytes)
         return self._file.read(num_bytes)
 
     def readline(self) -> bytes:
-        """Reads a line of at most _MAX_LINE_BYTES."""
+        """Reads a line, or what a line may have."""
+        self.spend(_READ_COST)
         line = self._file.readline(_MAX_LINE_BYTES)
-        self.spend(1, len(line))
+        self.spend(len(line))
         return line
 
 
@@ -172,12 +173,13 @@ class _Unpickler(pickle._Unpickler):
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, _Global) or not isinstance(arguments, tuple):
             raise TypeError("a call of what is no function")
-        self._counted.spend(sum(len(a) for a in arguments if isinstance(a, list | tuple | dict)))
+        parts = sum(len(part) for part in arguments if isinstance(part, _CONTAINERS))
+        self._counted.spend(_READ_COST * parts)
         self.append(function(*arguments))
 
     def _put(self) -> None:
         number = int(self.readline())
-        if not 0 <= number <= _MAX_OPCODES:
+        if not 0 <= number <= _MAX_PICKLE_COST:
             raise ValueError("a number that no memo reaches")
         self.memo[number] = self.stack[-1]
 
@@ -319,7 +321,7 @@ def _read_zip(path: Path, max_bytes: int) -> Any:
         byteorder = "little"
         if f"{folder}byteorder" in names:
             byteorder = reading.read_member(archive, f"{folder}byteorder", 16).decode()
-        raw = reading.read_member(archive, pickled, _MAX_PICKLE_BYTES)
+        raw = reading.read_member(archive, pickled, _MAX_PICKLE_COST)
         content = _Unpickler(io.BytesIO(raw), path).load()
         storages = {
             tensor.storage: f"{folder}data/{tensor.storage.key}" for tensor in _tensors(content)
@@ -373,7 +375,7 @@ def _tensors(content: Any) -> list[_Tensor]:
         seen[id(part)] = part
         if isinstance(part, _Tensor):
             found.append(part)
-        elif isinstance(part, dict | list | tuple):
+        elif isinstance(part, _CONTAINERS):
             waiting.extend(part.values() if isinstance(part, dict) else part)
     return found
 
