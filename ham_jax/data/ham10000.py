@@ -346,6 +346,11 @@ def _check_small_files(folder: Path) -> None:
     Raises:
       InputError: one of them is another.
     """
+    for path in folder.glob("*.json"):  # TFDS would wait for a pipe
+        try:
+            reading.open_regular(path).close()
+        except OSError as error:
+            raise _damaged(folder, f"{path.name} cannot be read: {error}") from error
     path = folder / _CHECKSUMS
     if not path.exists():
         return

@@ -5,7 +5,6 @@ overlap with the others', so that a network must look at more than the mean colo
 """
 
 import dataclasses
-import json
 import os
 import shutil
 import tempfile
@@ -14,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ham_jax import CLASSES, files
+from ham_jax import CLASSES, files, reading
+from ham_jax.config import InputError
 from ham_jax.data import image
 
 SIZE = (120, 160)  # height, width of a photograph in pixels
@@ -80,12 +80,17 @@ def write(folder: str | os.PathLike, num_images: int, seed: int) -> bool:
 
     Raises:
       FileExistsError: the folder holds something else.
+      InputError: what it holds is damaged.
     """
     folder = Path(folder)
     made_by = {"num_images": num_images, "seed": seed, "drawing_version": _DRAWING_VERSION}
     marker = folder / "synthetic.json"
-    if marker.exists() and json.loads(marker.read_text()) == made_by:
-        return False
+    if marker.exists():
+        try:
+            if reading.read_json(marker) == made_by:
+                return False
+        except (OSError, ValueError) as error:
+            raise InputError(f"{marker} cannot be read: {error}. Delete {folder}.") from error
     if folder.exists() and any(folder.iterdir()) and not marker.exists():
         raise FileExistsError(f"{folder} holds other files; give synthetic lesions a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)

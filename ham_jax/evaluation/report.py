@@ -55,6 +55,14 @@ OUT_OF_SCOPE = (
     "diagnosis, triage or any other decision about a person, nor for photographs taken without a"
     " dermatoscope"
 )
+_KINDS = {  # of metrics.json's values
+    "split": str,
+    "log_loss": float,
+    "members": list,
+    "folds": list,
+    "calibration": dict,
+    "decision": dict,
+}
 _AXES = {
     "sex": "sex",
     "age": "age",
@@ -162,7 +170,7 @@ def read(workdir: Path) -> Evidence:
     evidence = Evidence(
         workdir,
         table,
-        get(reading.read_json, "metrics.json", {}),
+        get(_read_numbers, "metrics.json", {}),
         get(reading.read_json, "config.json", None)
         or get(reading.read_json, "fold0/config.json", None),
         get(lambda _: judgement.read(workdir), judgement.FILE, None),
@@ -302,6 +310,18 @@ def _commands(evidence: Evidence) -> dict[str, str]:
     }
 
 
+def _read_numbers(path: Path) -> dict[str, Any]:
+    numbers = reading.read_json(path)
+    for name, kind in _KINDS.items():
+        value = numbers.get(name)
+        whole = isinstance(value, kind | None) and (
+            kind is not list or all(isinstance(part, dict) for part in value or ())
+        )
+        if not whole:
+            raise ValueError(f"{name} = {value!r:.100}")
+    return numbers
+
+
 def _read_predictions(path: Path) -> pd.DataFrame:
     table = metrics.read_table(path)
     if not np.allclose(table[list(CLASSES)].sum(axis=1), 1):
@@ -334,7 +354,10 @@ def _read_robustness(path: Path) -> pd.DataFrame:
 
 def _read_audit(path: Path) -> list[dict[str, str]]:
     with reading.open_text(path) as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    if any(None in (*row, *row.values()) for row in rows):
+        raise ValueError("its lines have not as many fields as its header")
+    return rows
 
 
 def _read_panels(path: Path) -> dict[str, Any] | None:

@@ -409,8 +409,11 @@ def test_a_flipped_bit_is_told_or_harmless(tiny_records, tmp_path_factory, data,
         assert (records.canvas, records.fingerprint) == (whole.canvas, whole.fingerprint)
 
 
+@pytest.mark.parametrize("has_checksums", [True, False])
 @pytest.mark.parametrize("name", ["records.csv", "metadata.json", "features.json"])
-def test_records_that_lost_a_file_or_hold_a_pipe_are_refused(name, prepared):
+def test_records_that_lost_a_file_or_hold_a_pipe_are_refused(name, has_checksums, prepared):
+    if not has_checksums:
+        (prepared / "checksums.json").unlink()
     for make in (os.mkfifo, lambda path: None):
         (prepared / name).unlink()
         make(prepared / name)
