@@ -14,9 +14,8 @@ from typing import Any
 
 from absl import logging
 
+from ham_jax import reading
 from ham_jax.config import InputError
-
-_JSON_BYTES = 64 << 20  # of the largest JSON file that is read
 
 
 def faults_of_folder(folder: Path, flag: str) -> list[str]:
@@ -201,16 +200,11 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
       InputError: it is empty, cut short, too large or holds something else.
     """
     try:
-        if path.stat().st_size > _JSON_BYTES:
-            raise ValueError(f"it is larger than {_JSON_BYTES >> 20} MiB")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it holds no object")
+        return reading.read_json(path)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} is damaged: {error}. {remedy}") from error
-    return content
 
 
 def _temporary(path: Path) -> Path:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import requests
 
-from ham_jax import files
+from ham_jax import files, reading
 from ham_jax.config import InputError
 from ham_jax.data import ham10000
 
@@ -281,8 +281,10 @@ def _fault(file: RemoteFile, path: Path) -> str:
         if found != expected:
             return f"its {algorithm} is {found}, not {expected}"
     elif file.name.endswith(".zip"):
-        if not zipfile.is_zipfile(path):
-            return "what came is not a zip"
+        try:
+            reading.open_zip(path).close()
+        except (OSError, zipfile.BadZipFile) as error:
+            return f"what came is not a zip: {error}"
     else:
         with path.open("rb") as content:
             if content.read(64).lstrip().startswith((b"<", b"{")):

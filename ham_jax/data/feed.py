@@ -175,10 +175,15 @@ def sequential(
 
 def _streamed(records, order, steps, mesh) -> Iterator[jax.Array]:
     tf = _tensorflow()
+    faults: list[InputError] = []
 
     def read(step: np.ndarray) -> np.ndarray:
         numbers = order(int(step))
-        return records.read(numbers[parallel.local_rows(mesh, len(numbers))])
+        try:
+            return records.read(numbers[parallel.local_rows(mesh, len(numbers))])
+        except InputError as error:  # TensorFlow would keep its text only, as one of its own errors
+            faults.append(error)
+            raise
 
     def read_in_graph(step):
         image = tf.numpy_function(read, [step], tf.uint8, stateful=False)
@@ -186,7 +191,14 @@ def _streamed(records, order, steps, mesh) -> Iterator[jax.Array]:
 
     dataset = tf.data.Dataset.range(steps.start, steps.stop, steps.step)
     dataset = dataset.map(read_in_graph, num_parallel_calls=_READ_AHEAD, deterministic=True)
-    for image in dataset.prefetch(_READ_AHEAD).as_numpy_iterator():
+    images = dataset.prefetch(_READ_AHEAD).as_numpy_iterator()
+    while True:
+        try:
+            image = next(images)
+        except StopIteration:
+            return
+        except tf.errors.OpError as error:
+            raise faults[0] if faults else error from error
         yield parallel.shard(mesh, image)
 
 

@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -21,7 +22,6 @@ import os
 import shutil
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -33,7 +33,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.core import writer
 from tensorflow_datasets.proto import tf_example_pb2
 
-from ham_jax import CLASSES, escape, files
+from ham_jax import CLASSES, escape, files, reading
 from ham_jax.config import InputError, nearest
 from ham_jax.data import folders, image, metadata, tables
 from ham_jax.local_path import LocalPath
@@ -54,7 +54,10 @@ _SETS = pd.IntervalIndex.from_tuples([(24305, 34320), (34320, 34523), (34523, 36
 _TABLES = ("", ".csv", ".tab", ".tsv", ".txt", ".xlsx", ".xls", ".ods")  # the last, to say so
 _WITHOUT_IMAGE = "ISIC_0035068"  # a row of the official test without a photograph, of weight 0
 _SHARD_BYTES = 128 << 20  # tfds holds a shard in memory while it writes it
+_MAX_MEMBER_BYTES = 512 << 20  # of a zip; a photograph of 100 megapixels in TIFF has 300 MB
 _SPLIT = "images"
+_MAX_SMALL_BYTES = 256 << 20  # records.csv of a million photographs
+_CHECKSUMS = "checksums.json"  # of the small files; an ArrayRecord has its own inside
 
 # What other layouts call our columns.
 _ALIASES = {
@@ -116,22 +119,24 @@ class ZipMember:
         return f"{self.zip_path}!{self.name}"
 
     def open(self, mode: str = "rb") -> IO[bytes]:
-        """Opens the member for reading bytes, as `Path.open("rb")` does a file."""
-        return _zip(self.zip_path).open(self.name, mode.removesuffix("b"))
+        """Opens the member for reading bytes, as `Path.open("rb")` does a file.
+
+        Raises:
+          OSError: as `read`.
+        """
+        assert mode == "rb", mode
+        return io.BytesIO(self.read())
 
     def read(self) -> bytes:
         """Returns the member's bytes; thread-safe.
 
         Raises:
-          OSError: the zip is damaged, encrypted or packed in an unknown way, or the member is
-            too large for a photograph.
+          OSError: the zip is damaged, or the member encrypted, packed in an unknown way, too large,
+            or of another size than the zip says.
         """
         try:
-            if _zip(self.zip_path).getinfo(self.name).file_size > image.MAX_BYTES:
-                raise OSError("too large: more than 1 GB, unpacked")
-            return _zip(self.zip_path).read(self.name)
-        # RuntimeError is zipfile's for an encrypted member and for an unknown compression.
-        except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+            return reading.read_member(_zip(self.zip_path), self.name, _MAX_MEMBER_BYTES)
+        except reading.ZIP_ERRORS as error:
             raise OSError(f"zip: {error}") from error
 
 
@@ -181,8 +186,16 @@ class Records:
         images = np.empty((len(indices), *self.canvas, 3), np.uint8)
         # One by one: array_record's own batches start a thread a shard, which takes longer.
         for target, i in zip(images, indices, strict=True):
-            features = tf_example_pb2.Example.FromString(self._serialized[int(i)]).features.feature
-            target.reshape(-1)[:] = np.frombuffer(features["image"].bytes_list.value[0], np.uint8)
+            try:
+                record = tf_example_pb2.Example.FromString(self._serialized[int(i)])
+                pixels = record.features.feature["image"].bytes_list.value[0]
+            except Exception as error:  # array_record's, protobuf's and more: it is another record
+                what = f"record {i} of the .array_record files cannot be read: {error}"
+                raise _damaged(self.folder, what) from error
+            if len(pixels) != target.size:
+                what = f"record {i} of the .array_record files has {len(pixels):,} bytes of pixels"
+                raise _damaged(self.folder, what)
+            target.reshape(-1)[:] = np.frombuffer(pixels, np.uint8)
         return images
 
 
@@ -279,6 +292,7 @@ def prepare(
         with tempfile.TemporaryDirectory() as unused:  # tfds insists on a folder for downloads
             builder = Ham10000(data_dir=LocalPath(prepared_dir), config=config)
             builder.download_and_prepare(download_dir=unused, file_format="array_record")
+        _write_checksums(folder)
     return folder
 
 
@@ -293,31 +307,101 @@ def open_records(folder: str | os.PathLike) -> Records:
         listed = f" Name one of: {', '.join(map(str, found))}." if found else ""
         raise InputError(f"{folder} holds {len(found)} sets of records, not one.{listed}")
     folder = found[0]
-    builder = tfds.builder_from_directory(LocalPath(folder))
-    table = pd.read_csv(
-        folder / "records.csv",
-        dtype=dict.fromkeys(("image_id", "file_sha256", *COLUMNS), str)
-        | {"label": np.int64, "age": float},
-        keep_default_na=False,
-        na_values={"age": [""]},
-    ).map(escape.plain)
-    split = builder.info.splits[_SPLIT]
+    _check_small_files(folder)
+    try:
+        builder = tfds.builder_from_directory(LocalPath(folder))
+        split = builder.info.splits[_SPLIT]
+        canvas = builder.info.features["image"].shape[:2]
+    except Exception as error:  # TFDS raises what its readers of JSON and of protocol buffers do
+        named = f"dataset_info.json or features.json cannot be read: {error}"
+        raise _damaged(folder, named) from error
+    table = _records_table(folder)
     num_bytes = sum(path.stat().st_size for path in folder.glob("*.array_record*"))
     if num_bytes != split.num_bytes or len(table) != split.num_examples:
-        raise InputError(
-            f"{folder}: the records are damaged or not all there ({num_bytes:,} bytes instead of"
-            f" {split.num_bytes:,}, {len(table):,} rows instead of {split.num_examples:,})."
-            " Delete the folder and prepare again, or copy it again."
+        raise _damaged(
+            folder,
+            f"{num_bytes:,} bytes of .array_record files instead of {split.num_bytes:,},"
+            f" {len(table):,} rows of records.csv instead of {split.num_examples:,}",
         )
-    return Records(
-        folder=folder,
-        table=table,
-        canvas=builder.info.features["image"].shape[:2],
-        fingerprint=json.loads((folder / "metadata.json").read_text())["fingerprint"],
-        _serialized=builder.as_data_source(
+    try:
+        serialized = builder.as_data_source(
             _SPLIT, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-        ),
+        )
+        num_records = len(serialized)
+    except Exception as error:  # the same, and array_record's RuntimeError
+        raise _damaged(folder, f"an .array_record cannot be read: {error}") from error
+    if num_records != len(table):
+        raise _damaged(folder, f"{num_records:,} records, but {len(table):,} rows of records.csv")
+    try:
+        fingerprint = str(reading.read_json(folder / "metadata.json")["fingerprint"])
+    except (OSError, ValueError, KeyError) as error:
+        raise _damaged(folder, f"metadata.json cannot be read: {error}") from error
+    return Records(folder, table, canvas, fingerprint, serialized)
+
+
+def _damaged(folder: Path, what: str) -> InputError:
+    return InputError(
+        f"{folder}: the records are damaged or not all there: {what}. Delete the folder and prepare"
+        " again, or copy it again."
     )
+
+
+def _records_table(folder: Path) -> pd.DataFrame:
+    texts = ("image_id", "file_sha256", *(name for name in COLUMNS if name != "age"))
+    try:
+        with reading.open_regular(folder / "records.csv") as file:
+            table = pd.read_csv(
+                file,
+                dtype=dict.fromkeys(texts, str) | {"label": np.int64, "age": float},
+                keep_default_na=False,
+                na_values={"age": [""]},
+            )
+        if missing := {*texts, "label", "age"} - set(table.columns):
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        if not table["label"].between(0, len(CLASSES) - 1).all():
+            raise ValueError(f"a label is not in 0 to {len(CLASSES) - 1}")
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, f"records.csv cannot be read: {error}") from error
+    return table.map(escape.plain)
+
+
+def _write_checksums(folder: Path) -> None:
+    small = (path for path in folder.iterdir() if ".array_record" not in path.name)
+    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(small)}
+    files.write_json(folder / _CHECKSUMS, sums | {_CHECKSUMS: _sum_of(sums)})
+
+
+def _sum_of(sums: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+
+
+def _check_small_files(folder: Path) -> None:
+    """Compares them with what `prepare` wrote; of older records no checksums are known.
+
+    Raises:
+      InputError: one of them is another.
+    """
+    for path in folder.glob("*.json"):  # TFDS would wait for a pipe
+        try:
+            reading.open_regular(path).close()
+        except OSError as error:
+            raise _damaged(folder, f"{path.name} cannot be read: {error}") from error
+    path = folder / _CHECKSUMS
+    if not path.exists():
+        return
+    try:
+        sums = reading.read_json(path)
+        if sums.pop(_CHECKSUMS, "") != _sum_of(sums):
+            raise ValueError("it is not as it was written")
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, f"{_CHECKSUMS} cannot be read: {error}") from error
+    for name, expected in sums.items():
+        try:
+            content = reading.read_bytes(folder / PurePosixPath(name).name, _MAX_SMALL_BYTES)
+        except OSError as error:
+            raise _damaged(folder, f"{name} cannot be read: {error}") from error
+        if hashlib.sha256(content).hexdigest() != expected:
+            raise _damaged(folder, f"{name} is not as it was written")
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -437,7 +521,7 @@ class _UncompressedWriter(writer.ExampleWriter):
 @functools.lru_cache(maxsize=16)
 def _zip(path: str) -> zipfile.ZipFile:
     """Keeps zips open: reading the directory of one again for each of 5,000 members is slow."""
-    return zipfile.ZipFile(path)
+    return reading.open_zip(path)
 
 
 def _files(folder: Path, faults: list[str]) -> Iterator[Source]:

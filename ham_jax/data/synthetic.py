@@ -4,7 +4,6 @@ The pictures only resemble dermoscopy. Each class has typical shapes, colours an
 overlap with the others', so that a network must look at more than the mean colour.
 """
 
-import contextlib
 import dataclasses
 import os
 import shutil
@@ -80,15 +79,14 @@ def write(folder: str | os.PathLike, num_images: int, seed: int) -> bool:
       Whether it was written now.
 
     Raises:
-      InputError: the folder holds something else.
+      InputError: the folder holds something else, or what it holds is damaged.
     """
     folder = Path(folder)
     made_by = {"num_images": num_images, "seed": seed, "drawing_version": _DRAWING_VERSION}
     marker = folder / "synthetic.json"
     if marker.exists():
-        with contextlib.suppress(InputError):  # damaged: they are drawn again
-            if files.read_json(marker, "") == made_by:
-                return False
+        if files.read_json(marker, f"Delete {folder}.") == made_by:
+            return False
     elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder} holds other files; give synthetic lesions a new folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from sklearn import metrics as sklearn_metrics
 
-from ham_jax import CLASSES, escape, files
+from ham_jax import CLASSES, escape, files, reading
 from ham_jax.config import InputError
 
 ISIC_CLASSES = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
@@ -225,7 +225,7 @@ def read_table(path: str | os.PathLike) -> pd.DataFrame:
       InputError: the file is missing or not such a file; all faults at once.
     """
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with reading.open_text(path) as file:
             reader = csv.DictReader(file)
             header = reader.fieldnames or []
             rows = [

@@ -7,7 +7,6 @@ laid over the features of the training images; an image that is far from all of 
 import dataclasses
 import io
 import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,13 @@ from typing import Any
 import numpy as np
 from sklearn import covariance
 
-from ham_jax import files
+from ham_jax import files, reading
 
 FILE = "ood.npz"
 """Its name in a run's folder."""
+
+_MAX_BYTES = 256 << 20
+"""4,096 features take half of it."""
 
 REJECTED = 0.05
 """Share of the validation images that the threshold may turn away."""
@@ -83,16 +85,21 @@ def load(path: Path) -> Detector | None:
       ValueError: it is damaged.
     """
     try:
-        with np.load(io.BytesIO(path.read_bytes())) as saved:
-            return Detector(
-                saved["means"],
-                saved["whitening"],
-                float(saved["threshold"]),
-                json.loads(str(saved["about"])),
-            )
+        saved = reading.read_npz(path, _MAX_BYTES)
+        means, whitening, threshold = (
+            saved[name].astype(np.float64, casting="safe")
+            for name in ("means", "whitening", "threshold")
+        )
+        num = len(whitening)
+        if (means.shape[1:], whitening.shape, threshold.shape) != ((num,), (num, num), ()):
+            raise ValueError("its arrays are not of one size")
+        if not (all(np.isfinite(x).all() for x in (means, whitening)) and 0 < threshold < np.inf):
+            raise ValueError("it holds what is no finite number")
+        about = reading.parse_json(str(saved["about"]))
+        return Detector(means, whitening, float(threshold), about)
     except FileNotFoundError:
         return None
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 

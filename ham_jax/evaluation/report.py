@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 import sklearn
 
-from ham_jax import CLASSES, DISCLAIMER, console, escape, files
+from ham_jax import CLASSES, DISCLAIMER, console, escape, files, reading
 from ham_jax import config as configuration
 from ham_jax.config import InputError
 from ham_jax.data import image as image_files
@@ -55,6 +55,14 @@ OUT_OF_SCOPE = (
     "diagnosis, triage or any other decision about a person, nor for photographs taken without a"
     " dermatoscope"
 )
+_KINDS = {  # of metrics.json's values
+    "split": str,
+    "log_loss": float,
+    "members": list,
+    "folds": list,
+    "calibration": dict,
+    "decision": dict,
+}
 _AXES = {
     "sex": "sex",
     "age": "age",
@@ -139,7 +147,7 @@ def read(workdir: Path) -> Evidence:
     """
     faults: list[str] = []
 
-    def reading(what: Callable[[Path], Any], name: str, default: Any) -> Any:
+    def get(what: Callable[[Path], Any], name: str, default: Any) -> Any:
         if not (workdir / name).exists():
             return default
         try:
@@ -158,17 +166,18 @@ def read(workdir: Path) -> Evidence:
             f"{workdir / 'predictions.csv'} is missing, from which a report is made. It is written"
             f" by training and by --mode=eval --workdir={workdir}."
         )
-    table = reading(_read_predictions, "predictions.csv", None)
+    table = get(_read_predictions, "predictions.csv", None)
     evidence = Evidence(
         workdir,
         table,
-        reading(_read_json, "metrics.json", {}),
-        reading(_read_json, "config.json", None) or reading(_read_json, "fold0/config.json", None),
-        reading(lambda _: judgement.read(workdir), judgement.FILE, None),
-        reading(lambda _: _read_folds(workdir, table), "fold0", []),
-        reading(_read_robustness, "robustness.csv", None),
-        reading(_read_audit, "audit.csv", []) or reading(_read_audit, "fold0/audit.csv", []),
-        reading(_read_panels, f"{PANELS}/manifest.json", None),
+        get(_read_numbers, "metrics.json", {}),
+        get(reading.read_json, "config.json", None)
+        or get(reading.read_json, "fold0/config.json", None),
+        get(lambda _: judgement.read(workdir), judgement.FILE, None),
+        get(lambda _: _read_folds(workdir, table), "fold0", []),
+        get(_read_robustness, "robustness.csv", None),
+        get(_read_audit, "audit.csv", []) or get(_read_audit, "fold0/audit.csv", []),
+        get(_read_panels, f"{PANELS}/manifest.json", None),
     )
     if not faults:
         faults += _mismatch(evidence)
@@ -303,8 +312,16 @@ def _commands(evidence: Evidence) -> dict[str, str]:
     }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return files.read_json(path, "Remove it, or make it anew with the command that made it.")
+def _read_numbers(path: Path) -> dict[str, Any]:
+    numbers = reading.read_json(path)
+    for name, kind in _KINDS.items():
+        value = numbers.get(name)
+        whole = isinstance(value, kind | None) and (
+            kind is not list or all(isinstance(part, dict) for part in value or ())
+        )
+        if not whole:
+            raise ValueError(f"{name} = {value!r:.100}")
+    return numbers
 
 
 def _read_predictions(path: Path) -> pd.DataFrame:
@@ -326,7 +343,8 @@ def _read_folds(workdir: Path, table: pd.DataFrame | None) -> list[np.ndarray]:
 
 
 def _read_robustness(path: Path) -> pd.DataFrame:
-    table = pd.read_csv(path, keep_default_na=False)
+    with reading.open_regular(path) as file:
+        table = pd.read_csv(file, keep_default_na=False)
     if absent := [name for name in _ROBUSTNESS if name not in table]:
         raise ValueError(f"it lacks {', '.join(absent)}")
     for name in ("severity", "balanced_accuracy", "low", "high"):
@@ -337,8 +355,11 @@ def _read_robustness(path: Path) -> pd.DataFrame:
 
 
 def _read_audit(path: Path) -> list[dict[str, str]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    with reading.open_text(path) as file:
+        rows = list(csv.DictReader(file))
+    if any(None in (*row, *row.values()) for row in rows):
+        raise ValueError("its lines have not as many fields as its header")
+    return rows
 
 
 def _read_panels(path: Path) -> dict[str, Any] | None:
@@ -346,7 +367,7 @@ def _read_panels(path: Path) -> dict[str, Any] | None:
 
     None where it is of a person's own photographs, which are no business of a report.
     """
-    manifest = _read_json(path)
+    manifest = reading.read_json(path)
     if "split" not in manifest:
         return None
     names = list(manifest["panels"])

@@ -16,7 +16,9 @@ import jax
 import ml_collections
 from absl import logging
 
-from ham_jax import console, files
+from ham_jax import console, files, reading
+
+_MAX_LOG_BYTES = 1 << 30  # of a metrics.jsonl: a hundred times a long run's
 
 # What a log line shows of the scalars, in this order.
 _SHOWN = {
@@ -285,13 +287,14 @@ def drop_after(path: Path, last_step: int) -> None:
     """
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    text = reading.read_bytes(path, _MAX_LOG_BYTES).decode(errors="replace")
+    lines = text.splitlines(keepends=True)
     kept = []
     for number, line in enumerate(lines, 1):
         try:
             if json.loads(line)["step"] <= last_step and line.endswith("\n"):
                 kept.append(line)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             if number < len(lines):
                 logging.warning("%s: line %d is no record of a step; dropped", path, number)
     if len(kept) < len(lines):

@@ -1,6 +1,7 @@
 """Both feeds, on any number of devices and processes, bring the same images in the same order."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from ham_jax import parallel
+from ham_jax.config import InputError
 from ham_jax.data import feed, ham10000
 
 ROWS = np.arange(100, 137)
@@ -64,6 +66,20 @@ def test_stream_and_resident_bring_the_same_pixels_and_labels(records):
         np.testing.assert_array_equal(a["label"], labels)
         np.testing.assert_array_equal(b["label"], labels)
         assert a["image"].sharding == b["image"].sharding
+
+
+@pytest.mark.parametrize("kind", ["stream", "resident"])
+def test_damaged_records_are_named_by_either_feed(kind, tiny_records, tmp_path):
+    folder = shutil.copytree(tiny_records, tmp_path / "records")
+    (path,) = folder.glob("*.array_record*")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+    records = ham10000.open_records(folder)
+    rows = np.arange(len(records.table))
+    order, mesh = feed.shuffled(rows, 8, 0), parallel.mesh()
+    with pytest.raises(InputError, match="records are damaged"):
+        list(feed.batches(kind, records, rows, order, range(len(rows) // 8), mesh))
 
 
 def test_steps_that_go_together_are_stacked(records):

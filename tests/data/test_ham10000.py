@@ -1,6 +1,9 @@
 import hashlib
 import io
+import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -20,6 +23,7 @@ from ham_jax import CLASSES
 from ham_jax.config import InputError
 from ham_jax.data import ham10000, image
 
+attacks = runpy.run_path(Path(__file__).parents[1] / "attacks.py")
 CANVAS = (24, 32)
 
 # Two images of one lesion, and one lesion of each other class but df.
@@ -611,6 +615,79 @@ def test_records_that_lost_bytes_are_refused(prepared):
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(InputError, match="damaged"):
         ham10000.open_records(prepared)
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.data(), st.sampled_from([True, True, True, False]))
+def test_a_flipped_bit_is_told_or_harmless(tiny_records, tmp_path_factory, data, has_checksums):
+    folder = tmp_path_factory.getbasetemp() / "flipped"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(tiny_records, folder)
+    if not has_checksums:  # as of records that were made before there were any
+        (folder / "checksums.json").unlink()
+    path = data.draw(st.sampled_from(sorted(folder.iterdir())))
+    content = bytearray(path.read_bytes())
+    bit = data.draw(st.integers(0, 8 * len(content) - 1))
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+    try:
+        records = ham10000.open_records(folder)
+        images = records.read(np.arange(len(records.table)))
+    except InputError as error:
+        name = ".array_record" if ".array_record" in path.name else path.name
+        parts = [str(folder), "again", *([name] if has_checksums else [])]
+        assert [part for part in parts if part not in str(error)] == []  # noqa: PT017, most are read
+        return
+    whole = ham10000.open_records(tiny_records)
+    np.testing.assert_array_equal(images, whole.read(np.arange(len(whole.table))))
+    if has_checksums:
+        pd.testing.assert_frame_equal(records.table, whole.table)
+        assert (records.canvas, records.fingerprint) == (whole.canvas, whole.fingerprint)
+
+
+@pytest.mark.parametrize("has_checksums", [True, False])
+@pytest.mark.parametrize("name", ["records.csv", "metadata.json", "features.json"])
+def test_records_that_lost_a_file_or_hold_a_pipe_are_refused(name, has_checksums, prepared):
+    if not has_checksums:
+        (prepared / "checksums.json").unlink()
+    for make in (os.mkfifo, lambda path: None):
+        (prepared / name).unlink()
+        make(prepared / name)
+        with pytest.raises(InputError, match=rf"{name}|0 sets of records"):
+            ham10000.open_records(prepared)
+
+
+def test_a_member_of_a_zip_that_attacks_is_named(tmp_path):
+    raw = dataverse(tmp_path / "raw")
+    members = {
+        "bomb/ISIC_0024306.jpg": (attacks["zeros"](3 << 30), 3 << 30),
+        "../../away/ISIC_0024306.jpg": (b"not read", None),
+        "lies/ISIC_0024307.jpg": (attacks["zeros"](3 << 30), 100),
+    }
+    attacks["zip_of"](raw / "HAM10000_images_part_1.zip", members)
+    locked = {f"{name}.jpg": (jpeg(name), None) for name in IDS[2:4]}
+    path = attacks["zip_of"](raw / "HAM10000_images_part_2.zip", locked)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\1\2") + 8] |= 1  # encrypted, says the list of members
+    path.write_bytes(content)
+    with attacks["Cheap"](), pytest.raises(InputError) as error:
+        prepare(raw, tmp_path / "out")
+    for pattern in ("ISIC_0024306.jpg: .*unpack", "ISIC_0024307.jpg: .*CRC", "encrypted"):
+        assert re.search(pattern, str(error.value)), error.value
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "raw"]
+
+
+def test_a_table_in_a_zip_that_cannot_be_read_is_named(tmp_path):
+    path = isic(tmp_path / "raw") / "ISIC2018_Task3_Training_GroundTruth.zip"
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\1\2") + 8] |= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"GroundTruth\.csv: .*encrypted"):
+        ham10000.find(tmp_path / "raw", allow_partial=True)
+    path.unlink()
+    os.mkfifo(path.with_name("pipe.zip"))
+    with pytest.raises(InputError, match=r"pipe\.zip: it is not a regular file"):
+        ham10000.find(tmp_path / "raw", allow_partial=True)
 
 
 def test_broken_images_are_named_together_and_leave_nothing_behind(tmp_path):

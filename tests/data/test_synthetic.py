@@ -35,6 +35,9 @@ def test_the_same_numbers_draw_the_same_files_and_are_drawn_once(tiny_raw, tmp_p
     with pytest.raises(InputError, match="other files"):
         synthetic.write(tmp_path / "c", 20, 0)
     assert [p.name for p in (tmp_path / "c").iterdir()] == ["mine.txt"]
+    (tmp_path / "a/synthetic.json").write_text("")
+    with pytest.raises(InputError, match=r"synthetic\.json is damaged"):
+        synthetic.write(tmp_path / "a", 20, 1)
 
 
 def test_mean_colours_tell_something_but_not_everything(tiny_raw):

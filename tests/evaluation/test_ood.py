@@ -1,5 +1,7 @@
 """What is far from the training images is told from what is near, by the published distance."""
 
+import io
+
 import numpy as np
 import pytest
 from sklearn import covariance
@@ -56,7 +58,20 @@ def test_a_file_gives_back_the_same_scores(tmp_path):
     np.testing.assert_array_equal(again.score(VAL), detector.score(VAL))
     assert again.about == {"step": 3, "num_train": 400, "num_val": 1000}
     assert [p.name for p in tmp_path.iterdir()] == [ood.FILE]
-    for damaged in (path.read_bytes()[:-100], b"", b"no archive"):
+    damages = [path.read_bytes()[:-100], b"", b"no archive"]
+    saved = dict(np.load(io.BytesIO(path.read_bytes())))
+    for name, value in (
+        ("means", np.zeros((4, 11))),
+        ("whitening", np.full((12, 12), np.nan)),
+        ("threshold", np.array("1")),
+        ("threshold", np.array(-1.0)),
+        ("about", np.array("[]")),
+        ("about", np.array("[" * 100_000)),
+    ):
+        file = io.BytesIO()
+        np.savez(file, **(saved | {name: value}))
+        damages.append(file.getvalue())
+    for damaged in damages:
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="damaged"):
             ood.load(path)

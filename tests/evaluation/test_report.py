@@ -381,3 +381,31 @@ def test_missing_predictions_and_nowhere_to_write_are_answered(bare, tmp_path):
         report.run(tmp_path / "nowhere")
     with pytest.raises(InputError, match="there is no folder"):
         report.run(bare, tmp_path / "nowhere" / "report.html")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.json", b"[1]"),
+        ("metrics.json", b'{"a":' * 100_000),
+        ("metrics.json", b'{"split": ["val"]}'),
+        ("metrics.json", b'{"log_loss": "0.5"}'),
+        ("metrics.json", b'{"members": {"workdir": "a"}}'),
+        ("metrics.json", b'{"folds": [1]}'),
+        ("metrics.json", b'{"decision": []}'),
+        ("config.json", b"[" * 100_000),
+        ("explanations/manifest.json", b'{"a": "\\ud800"}'),
+        ("explanations/manifest.json", b'{"split": "val", "step": 7, "panels": [1]}'),
+        ("explanations/manifest.json", b'{"split": "val", "step": 7, "panels": {"a.png": 1}}'),
+        ("robustness.csv", b"corruption\nnone\n"),
+        ("robustness.csv", b"\xff\xfe\0"),
+        ("audit.csv", b"dx,train_images\nakiec\n"),
+        ("audit.csv", b"dx,train_images\nakiec,1,2\n"),
+        ("audit.csv", b'"' + b"a" * 200_000),
+    ],
+)
+def test_a_file_of_another_shape_is_named(name, content, full, tmp_path):
+    folder = shutil.copytree(full, tmp_path / "run")
+    (folder / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{name} (is damaged|holds)"):
+        report.read(folder)

@@ -479,7 +479,96 @@ def test_colours_described_in_another_way_are_refused(cfg, tmp_path):
 
 def test_a_tensor_beyond_its_storage_is_refused():
     tensor = torch_file._Tensor(("FloatStorage", "0"), 1, (2, 2), (2, 1))
+    elements = np.zeros(4, np.float32)
     with pytest.raises(ValueError, match="beyond"):
-        tensor.array(bytes(16), "little")
+        tensor.array(elements)
     with pytest.raises(ValueError, match="beyond"):
-        tensor._replace(offset=0, strides=(-1, 1)).array(bytes(16), "little")
+        tensor._replace(offset=0, strides=(-1, 1)).array(elements)
+
+
+@functools.cache
+def whole_files():
+    """Returns {suffix: bytes} of small files of each format that is read."""
+    tensors = {"a": np.arange(40, dtype=np.float32).reshape(5, 8), "b": np.ones(3)}
+    stored, packed = io.BytesIO(), io.BytesIO()
+    np.savez(stored, **tensors)
+    np.savez_compressed(packed, **tensors)
+    return (
+        (".pth", (HERE / "torch_zip.pth").read_bytes()),
+        (".pth", (HERE / "torch_legacy.pth").read_bytes()),
+        (".safetensors", safetensors.numpy.save(tensors)),
+        (".npz", stored.getvalue()),
+        (".npz", packed.getvalue()),
+    )
+
+
+CUTS = st.tuples(st.floats(0, 1), st.floats(0, 1) | st.just(0.0))
+NEW = st.binary(max_size=8) | st.sampled_from(
+    [b"\xff" * 4, b"\x7f\xff\xff\xff", b"PK\1\2", b"2\x86"]
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.integers(0, 4), st.lists(st.tuples(CUTS, NEW), min_size=1, max_size=4))
+def test_a_mutant_is_read_or_refused(tmp_path_factory, which, edits):
+    suffix, content = whole_files()[which]
+    for (place, length), new in edits:
+        at = int(place * len(content))
+        content = content[:at] + new + content[at + (int(length * 8) or len(new)) :]
+    path = tmp_path_factory.getbasetemp() / f"mutant{suffix}"
+    path.write_bytes(content)
+    try:
+        assert all(isinstance(value, np.ndarray) for value in pretrained.read(path).values())
+    except InputError as error:
+        assert str(path) in str(error)  # noqa: PT017, some mutants are read
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".bin", ".npz", ".safetensors"])
+def test_only_regular_files_are_read(suffix, tmp_path):
+    path = tmp_path / f"pipe{suffix}"
+    os.mkfifo(path)
+    for named in (path, tmp_path):
+        with pytest.raises(InputError, match=str(tmp_path)):
+            pretrained.read(named)
+    with pytest.raises(InputError, match="no such file"):
+        pretrained.find(str(path), "resnet18")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"w": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 4]}},
+        {"w": {"dtype": "F32", "shape": [1 << 32, 1 << 32], "data_offsets": [0, 0]}},
+        {"w": {"dtype": "F32", "shape": [0, 1 << 62], "data_offsets": [0, 0]}},
+        {"w": {"dtype": "U8", "shape": [100 << 30], "data_offsets": [0, 100 << 30]}},
+        {"w": [[]]},
+        b'{"w":' + b"[" * 1_000_000,
+        b" " * (9 << 20),
+    ],
+)
+def test_a_header_of_safetensors_promises_no_more_than_there_is(header, tmp_path):
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    with file.open("ab") as sparse:
+        sparse.truncate(len(header) + 8 + (100 << 30 if b"U8" in header else 4))
+    with pytest.raises(InputError, match=r"x\.safetensors cannot be read"):
+        pretrained.read(file)
+
+
+def test_a_file_may_hold_some_copies_of_the_network_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "_MAX_HEAD_BYTES", 0)
+    file = tmp_path / "model.safetensors"
+    safetensors.numpy.save_file(drawn("resnet18d"), file)
+    pretrained.load(str(file), *shapes("resnet18", 7, "d"), "resnet18")
+    monkeypatch.setattr(pretrained, "_MAX_COPIES", 0.5)
+    with pytest.raises(InputError, match="are the most"):
+        pretrained.load(str(file), *shapes("resnet18", 7, "d"), "resnet18")
+
+
+@pytest.mark.parametrize("content", ["[1]", "[" * 100_000, '{"architecture": "\\ud800"}', ""])
+def test_a_description_that_is_none_is_named(content, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match=r"config\.json is no JSON object"):
+        pretrained.find(str(tmp_path), "resnet18")

@@ -132,10 +132,12 @@ def test_a_resumed_file_is_that_of_an_unbroken_run(tmp_path, last_line):
 def test_a_damaged_line_is_dropped_with_a_warning(tmp_path, monkeypatch):
     warnings = []
     monkeypatch.setattr(logging, "warning", lambda form, *values: warnings.append(form % values))
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n\0\0\n[1]\n{"step": 2}\n')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1}\n\0\0\n[1]\n' + '{"step":' * 100_000 + '\n{"step": 2}\n'
+    )
     telemetry.drop_after(tmp_path / "metrics.jsonl", 2)
     assert rows(tmp_path) == [{"step": 1}, {"step": 2}]
-    assert [text.split("jsonl: ")[1][:6] for text in warnings] == ["line 2", "line 3"]
+    assert [text.split("jsonl: ")[1][:6] for text in warnings] == ["line 2", "line 3", "line 4"]
 
 
 def test_lines_are_on_disk_at_once_and_strict_json(tmp_path):
