@@ -215,6 +215,8 @@ def run() -> None:
         app.run(main, flags_parser=_parse)
     except InputError as error:
         print("\n".join(f"ham_jax: {fault}" for fault in error.faults), file=sys.stderr)
+        if parallel := sys.modules.get("ham_jax.parallel"):  # or nothing was joined
+            parallel.leave(_BAD_INPUT)
         sys.exit(_BAD_INPUT)
 
 
