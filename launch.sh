@@ -65,7 +65,7 @@ accelerator() {  # the extra of jax that fits this machine, empty for CPU
 has_tpu() {  # by PCI device number, as JAX looks; Google's network cards have others
   local ids='0x(0027|0056|005e|0062|0063|006f|0076)'
   grep -lsx 0x1ae0 /sys/bus/pci/devices/*/vendor | sed 's/vendor$/device/' |
-    xargs grep -qsxE "$ids" /dev/null || [ -n "${TPU_WORKER_HOSTNAMES:-}" ]
+    xargs grep -qsxE "$ids" /dev/null || [ -n "${TPU_WORKER_HOSTNAMES:-}${TPU_PROCESS_ADDRESSES:-}" ]
 }
 
 is_installed() {  # is_installed NAMES
@@ -223,7 +223,7 @@ make_folder() {  # for the logs of a job
 }
 
 run_many() {  # run_many N FLAGS: process 0 prints here, the others into files
-  local count=$1 port gpus number code first=0 logs pid; shift
+  local count=$1 port gpus number code first=0 logs pid name=$$.$RANDOM; shift
   gpus=$(count_gpus)
   ((gpus == 0 || gpus >= count)) || fail "$count processes need as many GPUs; here are $gpus."
   port=$(free_port)
@@ -234,7 +234,7 @@ run_many() {  # run_many N FLAGS: process 0 prints here, the others into files
     (
       export HAM_JAX_NUM_PROCESSES=$count HAM_JAX_PROCESS_ID=$number
       export HAM_JAX_COORDINATOR=127.0.0.1:$port HAM_JAX_GPUS_PER_PROCESS=$((gpus / count))
-      export HAM_JAX_JOB=$$.$SECONDS  # tells it from another job that meets at the same port
+      export HAM_JAX_JOB=$name  # tells it from another job that meets at the same port
       if ((number)); then exec > "$logs/$number" 2>&1; fi
       main "$@"
     ) &

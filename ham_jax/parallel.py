@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax._src import distributed  # its key-value store, and this process's number: no public face
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -108,7 +109,8 @@ def initialize() -> None:
         jax.distributed.initialize(*known, **options)
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(
-            f"This process could not join its job of {job.count} processes: {error}. {_ALONE}"
+            f"This process could not join its job of {job.count} processes:"
+            f" {str(error).partition(chr(10))[0]}. {_ALONE}"
         ) from error
     finally:
         waiting.cancel()
@@ -153,8 +155,6 @@ def _check_port(coordinator: str) -> None:
 
 def _check_members(token: str) -> None:
     """Raises InputError on both sides where processes of two jobs have met."""
-    from jax._src import distributed  # the key-value store has no public face
-
     state = distributed.global_state
     state.client.key_value_set(f"ham_jax/job/{state.process_id}", token)
     for number in range(state.num_processes) if state.process_id == 0 else [0]:
@@ -174,7 +174,7 @@ def leave(code: int) -> NoReturn:
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
-    if jax.process_index() == 0:
+    if distributed.global_state.process_id == 0:  # jax.process_index() would wait for the others
         time.sleep(_GRACE_S)
     os._exit(code)
 
@@ -182,9 +182,9 @@ def leave(code: int) -> NoReturn:
 def _leave_after(kind: type[BaseException], error: BaseException, trace) -> None:
     sys.__excepthook__(kind, error, trace)
     print(
-        f"ham_jax: process {jax.process_index()} on {socket.gethostname()} ends because of the"
-        " error above, and with it the job. If the error is that another process is gone, see what"
-        " that one printed. The same command goes on from the last checkpoint.",
+        f"ham_jax: process {distributed.global_state.process_id} on {socket.gethostname()} ends"
+        " because of the error above, and with it the job. If the error is that another process is"
+        " gone, see what that one printed. The same command goes on from the last checkpoint.",
         file=sys.stderr,
     )
     leave(130 if isinstance(error, KeyboardInterrupt) else 1)
@@ -233,8 +233,8 @@ def _started_by_mpi() -> Job | None:
         return Job(1)
     local_size, local_rank = _number(names[2], size), _number(names[3], rank)
     own = _own_gpus(local_rank, local_size, "MPI ranks")
-    # Open MPI's launcher, up to version 4 with its address, and its name for the job.
-    uri = os.environ.get("OMPI_MCA_orte_hnp_uri")
+    # Open MPI's name for the job, and up to version 4 the address of its launcher.
+    uri = os.environ.get("OMPI_MCA_orte_hnp_uri")  # noqa: SIM112 - its own spelling
     name = os.environ.get("PMIX_NAMESPACE") or uri
     port = os.environ.get("JAX_COORDINATOR_PORT") or _port(name or "")
     token = f"mpirun {name}"
