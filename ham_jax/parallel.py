@@ -62,7 +62,7 @@ class Job:
     coordinator: str | None = None
     method: str | None = None
     local_devices: list[int] | None = None
-    token: str = ""
+    token: str = "this job"
 
 
 def find_job() -> Job | None:
@@ -116,7 +116,7 @@ def initialize() -> None:
         waiting.cancel()
     if jax.distributed.is_initialized():
         sys.excepthook = _leave_after
-        _check_members(job.token)
+        _check_members(job)
 
 
 def _say_waiting(job: Job) -> None:
@@ -153,18 +153,23 @@ def _check_port(coordinator: str) -> None:
         time.sleep(1)
 
 
-def _check_members(token: str) -> None:
+def _check_members(job: Job) -> None:
     """Raises InputError on both sides where processes of two jobs have met."""
-    state = distributed.global_state
+    state, token = distributed.global_state, job.token
+    if state.num_processes != job.count:
+        raise InputError(
+            f"JAX joined a job of {state.num_processes} processes, but {token} has {job.count}: set"
+            f" {', '.join(_JOB_VARIABLES)}. {_ALONE}"
+        )
     state.client.key_value_set(f"ham_jax/job/{state.process_id}", token)
     for number in range(state.num_processes) if state.process_id == 0 else [0]:
         other = state.client.blocking_key_value_get(f"ham_jax/job/{number}", 60_000)
         if other != token:
             raise InputError(
                 f"Process {number} that answers at {state.coordinator_address} belongs to another"
-                f" job ({other or 'one without a name'}) than this process ({token or 'the same'}):"
-                " two jobs use one port. Set JAX_COORDINATOR_PORT, or the port in"
-                " HAM_JAX_COORDINATOR, to a number of its own for each."
+                f" job ({other}) than this process ({token}): two jobs use one port. Set"
+                " JAX_COORDINATOR_PORT, or the port in HAM_JAX_COORDINATOR, to a number of its own"
+                " for each."
             )
 
 
