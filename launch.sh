@@ -8,16 +8,21 @@
 #   ./launch.sh test [pytest arguments]    lint and tests
 #   ./launch.sh --help                     this text, and the flags once all is installed
 #
-# A run that ends with 75 (it was preempted, and saved itself) is started again. SIGTERM and Ctrl-C
-# are passed on, and so is a closed terminal; then nothing is started again.
+# A run that ends with 75 (it was preempted, and saved itself) is started again, unless it is one of
+# several that were started elsewhere (Slurm, mpirun, Kubernetes, a TPU pod): whoever started them
+# must start all of them again. SIGTERM and Ctrl-C are passed on, and so is a closed terminal; then
+# nothing is started again, and 75 says that the same command goes on.
 # Variables: PYTHON, the interpreter that makes .venv (>= 3.11); HAM_JAX_VENV, another such folder.
 set -euo pipefail
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 venv=${HAM_JAX_VENV:-$root/.venv}
 PREEMPTED=75
+TERMINATED=143   # by SIGTERM, before there was anything to save
+ABORTED=134      # by JAX, when it misses another process
 MAX_RESTARTS=100
 GRACE_S=60   # for the other processes of a job, once one has failed
+PORTS=(61440 65535)  # for processes to meet; Linux gives none of them to whoever asks for any
 
 # Huge pages for large arrays, where the kernel gives them on request: on CPU each step allocates
 # them anew, and touching small pages for the first time took a sixth of its time.
@@ -35,11 +40,11 @@ find_python() {  # newer JAX, which needs 3.12, is faster on CPU
     runs "$PYTHON" || fail "PYTHON=$PYTHON does not run as Python 3.11 to 3.13."
     echo "$PYTHON"; return
   fi
-  local found pyenv
+  local found pyenv home=~  # which needs no $HOME
   for found in python3.12 python3.13 python3.11 python3; do
     if runs "$found"; then echo "$found"; return; fi
     # pyenv's shims fail for versions that are installed but not chosen.
-    for pyenv in "${PYENV_ROOT:-$HOME/.pyenv}"/versions/*/bin/"$found"; do
+    for pyenv in "${PYENV_ROOT:-$home/.pyenv}"/versions/*/bin/"$found"; do
       if runs "$pyenv"; then echo "$pyenv"; return; fi
     done
   done
@@ -60,37 +65,83 @@ accelerator() {  # the extra of jax that fits this machine, empty for CPU
 has_tpu() {  # by PCI device number, as JAX looks; Google's network cards have others
   local ids='0x(0027|0056|005e|0062|0063|006f|0076)'
   grep -lsx 0x1ae0 /sys/bus/pci/devices/*/vendor | sed 's/vendor$/device/' |
-    xargs grep -qsxE "$ids" /dev/null || [ -n "${TPU_WORKER_HOSTNAMES:-}" ]
+    xargs grep -qsxE "$ids" /dev/null || [ -n "${TPU_WORKER_HOSTNAMES:-}${TPU_PROCESS_ADDRESSES:-}" ]
 }
 
-install() {  # install NAME REQUIREMENTS...: with pip, once, again when they change or pip failed
-  local name=$1; shift
-  local extra stamp=$venv/.installed-$name wanted
-  extra=$(accelerator)
-  wanted=$({ cat "$root"/requirements*.txt; echo "$extra"; } | cksum)
-  [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && return
-  say "installing $name into $venv${extra:+ for $extra} (once; some minutes)"
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-    ${extra:+"jax[$extra]>=0.10.2,<0.13"} -r "$root/$1" || fail "the installation failed; see above."
-  echo "$wanted" > "$stamp"
+is_installed() {  # is_installed NAMES
+  local name
+  for name in "$@"; do
+    [ "$(cat "$venv/.installed-$name" 2>/dev/null)" = "$wanted" ] || return
+  done
+}
+
+install() {  # install NAME REQUIREMENTS: with pip, once, again when they change or pip failed
+  if is_installed "$1"; then return; fi
+  say "installing $1 into $venv${extra:+ for $extra} (once; some minutes)"
+  as_child "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    ${extra:+"jax[$extra]>=0.10.2,<0.13"} -r "$root/$2" || fail "the installation failed; see above."
+  echo "$wanted" > "$venv/.installed-$1"
+}
+
+lock() {  # for one installation at a time: Slurm tasks share the folder
+  local told=
+  exec 9> "$venv/.lock"
+  if command -v flock >/dev/null && flock 9 2>/dev/null; then return; fi
+  # macOS has no flock, and some network file systems refuse it: there a folder is the lock, as
+  # long as its owner keeps it fresh.
+  until mkdir "$venv/.locked" 2>/dev/null; do
+    if [ -z "$told" ]; then say "waiting for another installation into $venv"; fi
+    told=1
+    if [ -n "$(find "$venv/.locked" -maxdepth 0 -mmin +2 2>/dev/null)" ]; then
+      rmdir "$venv/.locked" 2>/dev/null || true
+    fi
+    sleep 1
+  done
+  while kill -0 $$ 2>/dev/null && touch -c "$venv/.locked"; do sleep 15; done &
+  keeper=$!
+}
+
+unlock() {
+  exec 9>&-
+  if [ -z "$keeper" ]; then return; fi
+  kill -KILL -- "-$keeper" 2>/dev/null || true
+  rmdir "$venv/.locked" 2>/dev/null || true
+  keeper=
 }
 
 set_up() {
-  mkdir -p "$venv"
-  exec 9> "$venv/.lock"
-  if command -v flock >/dev/null; then flock 9; fi  # Slurm tasks share the folder
+  local names=(ham_jax) python
+  if [ "${1:-}" = test ]; then names+=(tests); fi
+  extra=$(accelerator)
+  wanted=$({ cat "$root"/requirements*.txt; echo "$extra"; } | cksum)
+  if runs "$venv/bin/python" && is_installed "${names[@]}"; then return; fi
+  case $venv in *:*) fail "Python makes no environment in $venv, because of the colon." ;; esac
+  if ! mkdir -p "$venv" || ! [ -w "$venv" ]; then
+    fail "$venv cannot be written; HAM_JAX_VENV may name another folder."
+  fi
+  trap 'stop_setting_up 75' TERM HUP
+  trap 'stop_setting_up 130' INT
+  trap unlock EXIT
+  lock
   if ! runs "$venv/bin/python" ||
       { ! [ -f "$venv/.installed-ham_jax" ] && ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; }
   then  # there is none, its Python is gone, or making it was broken off
-    local python; python=$(find_python)
+    python=$(find_python)
     say "making $venv with $("$python" --version)"
     rm -f "$venv"/.installed-*
-    "$python" -m venv "$venv" ||
+    as_child "$python" -m venv "$venv" ||
       fail "this Python cannot make environments (Debian: apt install python3-venv)."
   fi
   install ham_jax requirements.txt
   if [ "${1:-}" = test ]; then install tests requirements-test.txt; fi
-  exec 9>&-
+  unlock
+  trap - TERM HUP INT EXIT
+}
+
+stop_setting_up() {  # nothing is lost: what is not finished is done again
+  leave_none
+  say "stopped while setting up $venv; the same command goes on"
+  exit "$1"
 }
 
 # ---- processes
@@ -100,6 +151,7 @@ set_up() {
 set -m
 children=   # process ids
 signals=0   # that this script was sent
+keeper=     # the process that keeps the lock of an installation fresh
 
 pass_on() {
   local pid; for pid in $children; do kill -s "$1" "$pid" 2>/dev/null || true; done
@@ -112,6 +164,14 @@ leave_none() {  # of the children, nor of what they started
 
 main() {  # as a child, so that signals can be passed on
   PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$venv/bin/python" -m ham_jax.main "$@"
+}
+
+as_child() {  # so that a signal is answered at once
+  local code=0
+  "$@" & children=$!
+  wait "$children" || code=$?
+  leave_none
+  return "$code"
 }
 
 run_one() {
@@ -131,27 +191,50 @@ pause() {  # in the foreground it would be the one that a Ctrl-C reaches
 }
 
 free_port() {
-  "$venv/bin/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+  "$venv/bin/python" - "${PORTS[@]}" <<'END'
+import random, socket, sys
+first, last = map(int, sys.argv[1:])
+for port in random.sample(range(first, last + 1), 100):
+    with socket.socket() as listener:
+        try:
+            listener.bind(("", port))
+        except OSError:
+            continue
+        print(port)
+        break
+END
 }
 
 count_gpus() {
-  if [ "${JAX_PLATFORMS:-}" = cpu ]; then echo 0
-  elif [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then echo "$CUDA_VISIBLE_DEVICES" | tr , '\n' | grep -c .
-  else nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true
-  fi
+  local visible=${CUDA_VISIBLE_DEVICES-unset}
+  case ${JAX_PLATFORMS:-},$visible in
+    cpu,* | *, | *,-1* | *,NoDevFiles) echo 0 ;;
+    *,unset) nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true ;;
+    *) echo "$visible" | tr , '\n' | grep -c . || true ;;
+  esac
+}
+
+make_folder() {  # for the logs of a job
+  local where
+  for where in "${TMPDIR:-/tmp}" /tmp "$PWD"; do
+    if mktemp -d "$where/ham_jax.XXXXXX" 2>/dev/null; then return; fi
+  done
+  fail "there is no folder for temporary files; set TMPDIR to one that can be written."
 }
 
 run_many() {  # run_many N FLAGS: process 0 prints here, the others into files
-  local count=$1 port gpus number code first=0 logs pid; shift
+  local count=$1 port gpus number code first=0 logs pid name=$$.$RANDOM; shift
   gpus=$(count_gpus)
   ((gpus == 0 || gpus >= count)) || fail "$count processes need as many GPUs; here are $gpus."
   port=$(free_port)
-  logs=$(mktemp -d "${TMPDIR:-/tmp}/ham_jax.XXXXXX")
+  [ -n "$port" ] || fail "no port from ${PORTS[0]} to ${PORTS[1]} is free for the processes to meet."
+  logs=$(make_folder)
   say "$count processes; what those after the first print is in $logs"
   for ((number = 0; number < count; number++)); do
     (
       export HAM_JAX_NUM_PROCESSES=$count HAM_JAX_PROCESS_ID=$number
       export HAM_JAX_COORDINATOR=127.0.0.1:$port HAM_JAX_GPUS_PER_PROCESS=$((gpus / count))
+      export HAM_JAX_JOB=$name  # tells it from another job that meets at the same port
       if ((number)); then exec > "$logs/$number" 2>&1; fi
       main "$@"
     ) &
@@ -182,6 +265,11 @@ run_many() {  # run_many N FLAGS: process 0 prints here, the others into files
   return "$first"
 }
 
+is_alone() {  # and no part of a job that only whoever started it can start again
+  PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" as_child "$venv/bin/python" -c \
+    'import sys; from ham_jax import parallel; sys.exit(parallel.find_job() is not None)' 2>/dev/null
+}
+
 keep_running() {  # again after each preemption
   local code restarts
   trap 'signals=$((signals + 1)); pass_on TERM' TERM HUP
@@ -190,7 +278,15 @@ keep_running() {  # again after each preemption
   for ((restarts = 0; ; restarts++)); do
     code=0; "$@" || code=$?
     leave_none
+    if ((code == TERMINATED && signals)); then code=$PREEMPTED; fi
+    if ((code == ABORTED)); then
+      say "JAX ended this process. If it is one of several, another is gone: see what that one said."
+    fi
     if ((code != PREEMPTED || signals || restarts == MAX_RESTARTS)); then return "$code"; fi
+    if ! is_alone || ((signals)); then
+      say "preempted; whoever started this job of several processes must start all of them again"
+      return "$code"
+    fi
     say "preempted; starting again ($((restarts + 1)))"
   done
 }

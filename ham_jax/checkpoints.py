@@ -413,8 +413,10 @@ def claimed(workdir: Path) -> Iterator[None]:
     """Keeps other jobs from training in a run's folder at the same time.
 
     Raises:
-      InputError: another one does, or the folder has a name that no checkpoint can be under.
+      InputError: another one does, the folder has a name that no checkpoint can be under, or not
+        every process of this job sees it.
     """
+    parallel.check_shared(workdir)
     with contextlib.ExitStack() as held:
 
         def claim() -> None:

@@ -17,6 +17,7 @@ import re
 import sys
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags, logging
 
@@ -277,14 +278,20 @@ def run() -> None:
     except InputError as error:
         faults = [f"ham_jax: {escape.lines(fault)}" for fault in error.faults]
         print("\n".join(faults), file=sys.stderr)
-        sys.exit(_BAD_INPUT)
+        _leave(_BAD_INPUT)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         at = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{type(error).__name__} in {Path(at.filename).name}, line {at.lineno}"
         said = escape.lines(f"{where}{error.strerror or error}")
         print(f"ham_jax: {said} ({place}).", file=sys.stderr)
-        sys.exit(_SYSTEM_FAILED)
+        _leave(_SYSTEM_FAILED)
+
+
+def _leave(code: int) -> NoReturn:
+    if parallel := sys.modules.get("ham_jax.parallel"):  # or nothing was joined
+        parallel.leave(code)
+    sys.exit(code)
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -7,6 +7,7 @@ what pip is asked for; the rest of the script is the real one.
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 
@@ -212,7 +214,9 @@ def test_one_process_that_fails_takes_the_others_along(launch, tmp_path):
         import os, sys, time
         if os.environ["HAM_JAX_PROCESS_ID"] == "1":
             sys.exit("process 1 says why")
-        open("pid", "w").write(str(os.getpid()))
+        with open("pid.tmp", "w") as file:
+            file.write(str(os.getpid()))
+        os.rename("pid.tmp", "pid")
         time.sleep(600)
     """
     job = launch(program, "--processes=2")
@@ -290,3 +294,139 @@ def test_gpus_are_shared_out_among_the_processes(launch, tmp_path):
     assert refused.returncode == 2
     on_cpu = launch(program, "--processes=5", **gpus | {"JAX_PLATFORMS": "cpu"})
     assert on_cpu.communicate(timeout=60)[0].strip() == "0"
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_JOB_ID": "7"},
+        {
+            "HAM_JAX_NUM_PROCESSES": "2",
+            "HAM_JAX_PROCESS_ID": "0",
+            "HAM_JAX_COORDINATOR": "elsewhere:61440",
+        },
+        {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0", "PMIX_NAMESPACE": "x"},
+        {"TPU_WORKER_HOSTNAMES": "a,b"},
+        {"HAM_JAX_NUM_PROCESSES": "2"},  # half a job: it would not start again, either
+    ],
+    ids=lambda job: next(iter(job)),
+)
+def test_one_process_of_several_is_not_started_again_alone(job, launch, tmp_path):
+    program = "import sys; open('starts', 'a').write('x'); sys.exit(75)"
+    started = launch(program, "--mode=train", **job)
+    _, err = started.communicate(timeout=60)
+    assert (started.returncode, (tmp_path / "starts").read_text()) == (75, "x")
+    assert "must start all of them again" in err
+
+
+def test_one_that_had_nothing_to_save_yet_goes_on_all_the_same(launch, tmp_path):
+    program = WAITS.replace("    signal.signal(signal.SIGTERM, stop)\n", "")
+    job = launch(program, "--mode=train")
+    wait_until((tmp_path / "pid-0").exists)
+    job.terminate()
+    assert job.wait(30) == 75
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_installation_can_be_stopped_and_is_done_again(number, launch, tmp_path):
+    python = tmp_path / "venv/bin/python"
+    works = python.read_text()
+    slow = "echo $$ > pip-pid.tmp; mv pip-pid.tmp pip-pid; exec sleep 600"
+    python.write_text(works.replace("exit 0", f'[ "$3" = --version ] || {{ {slow}; }}; exit 0'))
+    job = launch("", "--mode=train")
+    wait_until((tmp_path / "pip-pid").exists)
+    job.send_signal(number)
+    assert job.wait(30) == (75 if number == signal.SIGTERM else 130)
+    wait_until(lambda: not alive((tmp_path / "pip-pid").read_text().strip()))
+    python.write_text(works)
+    assert launch("", "--mode=train").wait(60) == 0
+
+
+@pytest.mark.parametrize("lock", ["flock", "a file system that refuses flock", "a stale folder"])
+def test_two_at_a_time_install_once(lock, launch, tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    if lock != "flock":
+        (tools / "flock").write_text("#!/bin/sh\nexit 1\n")
+        (tools / "flock").chmod(0o755)
+    if lock == "a stale folder":
+        (tmp_path / "venv/.locked").mkdir()
+        os.utime(tmp_path / "venv/.locked", (1, 1))
+    python = tmp_path / "venv/bin/python"
+    slow = '[ "$3" = --version ] || sleep 1; exit 0'
+    python.write_text(python.read_text().replace("exit 0", slow))
+    path = f"{tools}:{os.environ['PATH']}"
+    jobs = [launch("", "--mode=train", PATH=path) for _ in range(2)]
+    assert [job.wait(60) for job in jobs] == [0, 0]
+    assert num_installations(tmp_path) == 1
+    assert not (tmp_path / "venv/.locked").exists()
+
+
+def test_it_runs_in_an_empty_environment_from_a_path_with_blanks_and_brackets(launch, tmp_path):
+    folder = tmp_path / "a [1] b/*{c}"
+    folder.mkdir(parents=True)
+    for file in ("launch.sh", "requirements.txt", "requirements-test.txt"):
+        shutil.copy(ROOT / file, folder)
+    (tmp_path / "venv").rename(folder / ".venv")
+    empty = ["env", "-i", f"PATH={os.environ['PATH']}", "TMPDIR=/nonexistent/folder", "./launch.sh"]
+    program = "import os, sys; print(sys.argv[1:], 'HOME' in os.environ); sys.exit(3)"
+    for arguments in (["--mode=train"], ["--processes=2", "--mode=train"]):
+        job = launch("", *arguments, command=["sh", "-c", 'cd "$0" && exec "$@"', folder, *empty])
+        (tmp_path / "main.py").write_text(program)
+        out, err = job.communicate(timeout=60)
+        assert (job.returncode, out) == (3, "['--mode=train'] False\n"), err
+
+
+def test_a_ready_environment_needs_no_lock_and_no_place_to_write(launch, tmp_path):
+    assert launch("", "--mode=train").wait(60) == 0
+    (tmp_path / "venv/.lock").unlink()
+    assert launch("", "--mode=train").wait(60) == 0
+    assert not (tmp_path / "venv/.lock").exists()
+
+
+def test_the_pods_of_the_kubernetes_example_are_one_job(launch, tmp_path):
+    service, job = yaml.safe_load_all((ROOT / "examples/kubernetes.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    count = job["spec"]["completions"]
+    assert job["spec"]["completionMode"] == "Indexed"
+    assert count == job["spec"]["parallelism"] > 1
+    name, subdomain = job["metadata"]["name"], service["metadata"]["name"]
+    assert service["spec"]["selector"] == {"job-name": name}
+    assert pod["subdomain"] == subdomain
+    ignored = [
+        rule.get("onExitCodes", {}).get("values")
+        for rule in job["spec"]["podFailurePolicy"]["rules"]
+        if rule["action"] == "Ignore"
+    ]
+    assert [75] in ignored
+    given = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert given["HAM_JAX_COORDINATOR"].startswith(f"{name}-0.{subdomain}:")
+    (tmp_path / "launch.sh").write_text(f'#!/bin/sh\nexec "{ROOT}/launch.sh" "$@"\n')
+    (tmp_path / "launch.sh").chmod(0o755)
+    program = """
+        import sys
+        from ham_jax import parallel
+        job = parallel.find_job()
+        print(sys.argv[1:], job.number, job.count, job.coordinator)
+    """
+    for index in range(count):
+        started = launch(
+            program,
+            command=[*container["command"], *container["args"]],
+            **given | {"JOB_COMPLETION_INDEX": str(index), "KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+        )
+        out, err = started.communicate(timeout=60)
+        address = given["HAM_JAX_COORDINATOR"]
+        assert out == f"{container['args']} {index} {count} {address}\n", err
+
+
+def test_the_commands_of_the_tpu_example_are_shell():
+    text = (ROOT / "examples/tpu_pod.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) > 3
+    for block in blocks:
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+        for remote in re.findall(r"--command='(.*?)'", block, re.DOTALL):
+            subprocess.run(["bash", "-n"], input=remote, text=True, check=True)
+    assert sum("./launch.sh" in block for block in blocks) == 2

@@ -2,16 +2,20 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import requests
+from jax._src.clusters import cloud_tpu_cluster
 
 from ham_jax import parallel
 from ham_jax.config import InputError
@@ -30,9 +34,20 @@ ALONE = {"cluster_detection_method": "deactivate"}  # Slurm's variables may be s
 @pytest.fixture
 def joined(monkeypatch):
     """Returns the list of what jax.distributed.initialize was called with."""
-    others = ("TPU_WORKER_HOSTNAMES", "HAM_JAX_GPUS_PER_PROCESS", "CUDA_VISIBLE_DEVICES")
-    for name in [*JOB, *others, *(name for name in os.environ if name.startswith("SLURM_"))]:
-        monkeypatch.delenv(name, raising=False)
+    others = (
+        "SLURM_",
+        "HAM_JAX_",
+        "OMPI_",
+        "PMI",
+        "MPI_",
+        "TPU_WORKER",
+        "TPU_PROCESS",
+        "MEGASCALE_",
+    )
+    others += ("CUDA_VISIBLE", "ROCR_VISIBLE", "JAX_COORDINATOR", "JOB_COMPLETION")
+    for name in list(os.environ):
+        if name.startswith(others):
+            monkeypatch.delenv(name)
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
     return calls
@@ -264,3 +279,262 @@ def test_without_a_home_or_a_cache_folder_all_goes_on(tmp_path, monkeypatch, cap
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+
+
+class Elsewhere:
+    """JAX's own look at the machine, as if a TPU of this many hosts were here."""
+
+    def __init__(self, hosts):
+        self.hosts = hosts
+
+    def get(self, url, **_):
+        key = url.rpartition("/")[2]
+        answer = {
+            "agent-worker-number": "1",
+            "worker-network-endpoints": ",".join(f"host-{n}" for n in range(self.hosts)),
+            "tpu-env": "ZONE: 'here'\n",
+        }[key]
+        return types.SimpleNamespace(text=answer, status_code=200)
+
+
+SLURM = {
+    "SLURM_CLUSTER_NAME": "c",
+    "SLURM_JOB_ID": "7",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "1",
+}
+STEP = SLURM | {
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NODELIST": "n[4-5]",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+}
+MPI = {
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_MCA_orte_hnp_uri": "158072832.0;tcp://10.0.0.9,10.0.1.9:37553",
+}
+ONE_HOST = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "PMIX_NAMESPACE": "x@1"}
+OPEN_MPI_5 = {k: v for k, v in MPI.items() if "orte" not in k} | ONE_HOST
+HYDRA = {"PMI_SIZE": "2", "PMI_RANK": "1"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "count", "number", "host"),
+    [
+        ({}, None, None, None),
+        ({"HAM_JAX_NUM_PROCESSES": "1"}, None, None, None),
+        (JOB, 2, 1, "127.0.0.1"),
+        (STEP, 2, 1, "n4"),
+        (SLURM, None, None, None),  # a batch script
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "n4"}, None, None, None),
+        (STEP | JOB | {"HAM_JAX_COORDINATOR": "here:1"}, 2, 1, "here"),
+        (STEP | {"HAM_JAX_NUM_PROCESSES": "1"}, None, None, None),
+        (MPI, 4, 3, "10.0.0.9"),
+        (MPI | STEP, 4, 3, "10.0.0.9"),  # inside Slurm, whose step is that of mpirun's daemons
+        (MPI | ONE_HOST, 2, 1, "127.0.0.1"),
+        (OPEN_MPI_5, 2, 1, "127.0.0.1"),
+        (MPI | SLURM | {"OMPI_COMM_WORLD_SIZE": "1"}, None, None, None),
+        (STEP | HYDRA, 2, 1, "n4"),  # srun --mpi=pmi2
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, 2, None, None),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None, None, None),
+        ({"TPU_PROCESS_ADDRESSES": "a:8471,b:8471", "TPU_WORKER_ID": "1"}, 2, None, None),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "3"}, 3, None, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "MEGASCALE_NUM_SLICES": "2"}, 4, None, None),
+    ],
+)
+def test_a_job_is_found_whoever_started_it(variables, count, number, host, joined, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    job = parallel.find_job()
+    if count is None:
+        assert job is None
+    else:
+        coordinator = job.coordinator and job.coordinator.rpartition(":")[0]
+        assert (job.count, coordinator) == (count, host)
+        assert number in (None, job.number)
+
+
+@pytest.mark.parametrize(("hosts", "count"), [(4, 4), (1, None)])
+def test_the_hosts_of_a_tpu_pod_are_those_that_its_metadata_name(hosts, count, joined, monkeypatch):
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    monkeypatch.setattr(requests, "get", Elsewhere(hosts).get)
+    job = parallel.find_job()
+    assert count == (job and job.count)
+    monkeypatch.setattr(requests, "get", lambda *_, **__: 1 / 0)
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    assert parallel.find_job() is None  # the network is not asked
+
+
+def test_where_no_tpu_is_the_network_is_not_asked(joined, monkeypatch):
+    monkeypatch.setattr(requests, "get", lambda *_, **__: 1 / 0)
+    assert parallel.find_job() is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "answer"),
+    [
+        (JOB | {"HAM_JAX_COORDINATOR": "here"}, r"must be <host of process 0>:<port>"),
+        (HYDRA, "pip install mpi4py"),
+        (MPI | {"OMPI_COMM_WORLD_RANK": ""}, "OMPI_COMM_WORLD_RANK = '' must be a number"),
+        (STEP | {"SLURM_STEP_NUM_TASKS": "two"}, "SLURM_STEP_NUM_TASKS = 'two' must be a number"),
+        (MPI | {"CUDA_VISIBLE_DEVICES": "3"}, r"2 MPI ranks share 1 GPU"),
+    ],
+)
+def test_a_job_that_cannot_be_joined_is_refused(variables, answer, joined, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=answer):
+        parallel.initialize()
+    assert joined == []
+
+
+@pytest.mark.parametrize(
+    ("visible", "own"),
+    [("4,5", [1]), ("0,1,2,3", [2, 3]), ("", None), ("-1", None), ("NoDevFiles", None)],
+)
+def test_an_mpi_rank_takes_its_share_of_the_gpus_of_its_host(visible, own, joined, monkeypatch):
+    for name, value in (MPI | {"CUDA_VISIBLE_DEVICES": visible}).items():
+        monkeypatch.setenv(name, value)
+    parallel.initialize()
+    ((_, options),) = joined
+    assert options["local_device_ids"] == own
+
+
+def test_steps_and_jobs_meet_at_ports_of_their_own(joined, monkeypatch):
+    addresses = set()
+    for job in (7, 8):
+        for step in (0, 1):
+            for name, value in (
+                STEP | {"SLURM_JOB_ID": f"{job}", "SLURM_STEP_ID": f"{step}"}
+            ).items():
+                monkeypatch.setenv(name, value)
+            addresses.add(parallel.find_job().coordinator)
+    assert len(addresses) == 4
+    assert all(61440 <= int(address.rpartition(":")[2]) <= 65535 for address in addresses)
+    monkeypatch.setenv("JAX_COORDINATOR_PORT", "5000")
+    assert parallel.find_job().coordinator is None  # JAX reads the variable
+
+
+TOGETHER = """
+    import os, signal, sys
+    from pathlib import Path
+    from ham_jax import parallel
+    from ham_jax.config import InputError
+
+    try:
+        parallel.initialize()
+        parallel.check_shared(Path("run"))
+        number = int(os.environ["HAM_JAX_PROCESS_ID"])
+        for step in range(1000):
+            if (number, step) == (1, 5):
+                if sys.argv[1] == "is killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if sys.argv[1] == "is refused":
+                    raise InputError("process 1 alone")
+            parallel.barrier(f"step {step}")
+    except InputError as error:
+        print(error, file=sys.stderr, flush=True)
+        parallel.leave(2)
+"""
+
+
+def two_processes(program, *arguments, folders, environments=({}, {}), seconds=60):
+    """Returns the (exit code, stderr) of each process of a job."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{s.getsockname()[1]}"
+    common = os.environ | JOB | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
+    common["HAM_JAX_COORDINATOR"] = coordinator
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(program), *arguments],
+            env=common | {"HAM_JAX_PROCESS_ID": str(number)} | environment,
+            cwd=folder,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number, (folder, environment) in enumerate(zip(folders, environments, strict=True))
+    ]
+    try:
+        errors = [job.communicate(timeout=seconds)[1] for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+    return [(job.returncode, error) for job, error in zip(jobs, errors, strict=True)]
+
+
+@pytest.mark.parametrize(("fate", "code"), [("is killed", -9), ("is refused", 2)])
+def test_a_process_that_is_gone_takes_the_others_along(fate, code, tmp_path):
+    (first, error), (second, its) = two_processes(TOGETHER, fate, folders=[tmp_path] * 2)
+    assert (first, second) == (1, code), error + its
+    assert "another process is gone" in error
+    assert ("process 1 alone" in its) == (fate == "is refused")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == []
+
+
+def test_hosts_that_do_not_share_the_folder_are_named(tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        (folder / "run").mkdir(parents=True)
+    for code, error in two_processes(TOGETHER, "", folders=folders):
+        assert code == 2, error
+        (line,) = [line for line in error.splitlines() if "does not see" in line]
+        assert "Process 1 on" in line
+        assert str(folders[1] / "run") in line
+        assert str(folders[0] / "run") in line
+    assert not any(path for folder in folders for path in (folder / "run").iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_told_to_all(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    for code, error in two_processes(TOGETHER, "", folders=[tmp_path] * 2):
+        assert (code, "cannot write into" in error) == (2, True), error
+
+
+def test_a_stranger_at_the_same_port_is_told_on_both_sides(tmp_path):
+    strangers = {"HAM_JAX_JOB": "one"}, {"HAM_JAX_JOB": "two"}
+    for code, error in two_processes(TOGETHER, "", folders=[tmp_path] * 2, environments=strangers):
+        assert (code, "belongs to another job" in error) == (2, True), error
+
+
+def test_a_port_that_is_taken_is_told_at_once(joined, monkeypatch):
+    monkeypatch.setattr(parallel.time, "sleep", lambda seconds: None)
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        for name, value in JOB.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("HAM_JAX_PROCESS_ID", "0")
+        monkeypatch.setenv("HAM_JAX_COORDINATOR", f"127.0.0.1:{taken.getsockname()[1]}")
+        with pytest.raises(InputError, match="JAX_COORDINATOR_PORT"):
+            parallel.initialize()
+    assert joined == []
+
+
+@pytest.mark.skipif(not shutil.which("mpirun"), reason="mpirun is not installed")
+def test_mpirun_makes_one_job(tmp_path):
+    program = textwrap.dedent("""
+        import jax
+        from ham_jax import parallel
+        parallel.initialize()
+        print("rank", jax.process_index(), parallel._gather(str(jax.process_index())), flush=True)
+    """)
+    options = ("--allow-run-as-root", "--oversubscribe", "-n", "2")
+    ended = subprocess.run(
+        ["mpirun", *options, sys.executable, "-c", program],
+        env={k: v for k, v in os.environ.items() if not k.startswith(("HAM_JAX_", "SLURM_"))}
+        | {"PYTHONPATH": str(ROOT), "OMPI_MCA_plm_rsh_agent": "false"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert ended.returncode == 0, ended.stderr
+    for rank in (0, 1):
+        assert f"rank {rank} ['0', '1']" in ended.stdout
