@@ -236,8 +236,8 @@ def _started_by_mpi() -> Job | None:
         return None
     if size == 1:
         return Job(1)
-    local_size, local_rank = _number(names[2], size), _number(names[3], rank)
-    own = _own_gpus(local_rank, local_size, "MPI ranks")
+    local_size, local_rank = _number(names[2], 0), _number(names[3], rank)
+    own = _own_gpus(local_rank, local_size or size, "MPI ranks")
     # Open MPI's name for the job, and up to version 4 the address of its launcher.
     uri = os.environ.get("OMPI_MCA_orte_hnp_uri")  # noqa: SIM112 - its own spelling
     name = os.environ.get("PMIX_NAMESPACE") or uri
@@ -289,7 +289,7 @@ def _slurm_place(count: int) -> tuple[int, int]:
         tasks, _, times = part.partition("(x")
         per_node += [int(tasks)] * int(times.rstrip(")") or 1)
     tasks = per_node[_number("SLURM_NODEID", 0)]
-    if (_num_gpus() or 0) < _number("SLURM_GPUS_ON_NODE", 0):  # each task sees its own alone
+    if _num_gpus() < _number("SLURM_GPUS_ON_NODE", 0):  # each task sees its own alone
         tasks = 1
     return (_number("SLURM_LOCALID", 0) if tasks > 1 else 0), tasks
 
