@@ -153,21 +153,21 @@ class _Unpickler(pickle._Unpickler):
     def _frame(self) -> None:
         self.read(8)  # its length: what is in it is read as all else
 
-    def _set_items(self, target: dict | None = None, items: list | None = None) -> None:
+    def _set_items(self, items: list | None = None) -> None:
         items = self.pop_mark() if items is None else items
-        target = self.stack[-1] if target is None else target
+        target = self.stack[-1]
         if not isinstance(target, dict):
             raise TypeError("items for what is no dict")
         target |= _pairs(zip(items[::2], items[1::2], strict=True))
 
     def _set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
-        self._set_items(items=[key, value])
+        self._set_items([key, value])
 
     def _dict(self) -> None:
         items = self.pop_mark()
         self.append({})
-        self._set_items(items=items)
+        self._set_items(items)
 
     def _reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
