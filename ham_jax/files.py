@@ -87,7 +87,7 @@ def claimed(path: Path, flag: str) -> Iterator[None]:
     """Holds what belongs to one job at a time, such as a run's folder; does not wait.
 
     The file says who holds it: host, process and since when. What a killed job left there does not
-    count. It stays, empty, when the claim ends.
+    count. It stays, empty, when the claim ends, unless it is alone in a folder that was made for it.
 
     Args:
       path: of the file; its folder is made.
@@ -96,6 +96,7 @@ def claimed(path: Path, flag: str) -> Iterator[None]:
     Raises:
       InputError: another job holds it.
     """
+    is_new = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8", errors="replace") as file:
         try:
@@ -124,6 +125,9 @@ def claimed(path: Path, flag: str) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
+            if is_new and os.listdir(path.parent) == [path.name]:
+                path.unlink()
+                path.parent.rmdir()
 
 
 def _may_live(host: str, pid: str) -> bool:

@@ -69,8 +69,8 @@ def test_a_list_of_ids_in_any_dialect(tmp_path):
         assert names.faults == {2: "there is no such file"}
         ages = photographs.find_metadata(str(listed), 3)["age"]
         np.testing.assert_array_equal(ages, [45.5, np.nan, np.nan])
-    listed.write_text("path\na.jpg,b\n")
-    with pytest.raises(InputError, match="line 2: 2 fields instead of 1"):
+    listed.write_text("path,age\na.jpg,5,7\n")
+    with pytest.raises(InputError, match="line 2: 3 fields instead of 2"):
         photographs.find_images(str(listed))
 
 

@@ -314,7 +314,7 @@ def test_a_run_without_calibration_answers_and_eval_makes_one(
     _, lines = ask([run, trained])
     assert "mean of 2 runs' thresholds" in lines
     (run / judgement.FILE).write_text(written[:100])
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is damaged"):
         ask([run])
 
 

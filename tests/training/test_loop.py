@@ -297,6 +297,9 @@ def test_a_folder_that_another_job_trains_in_is_refused(tiny, one_device, tmp_pa
         with checkpoints.claimed(tmp_path), pytest.raises(InputError, match="is in use: process"):
             train(tiny, tmp_path, one_device, StopAfter())
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    with pytest.raises(InputError), checkpoints.claimed(tmp_path / "new"):
+        raise InputError("nothing is left of a run that was refused")
+    assert not (tmp_path / "new").exists()
 
 
 def test_other_photographs_than_before_are_refused(tiny, one_device, tmp_path, monkeypatch):
