@@ -87,7 +87,7 @@ def claimed(path: Path, flag: str) -> Iterator[None]:
     """Holds what belongs to one job at a time, such as a run's folder; does not wait.
 
     The file says who holds it: host, process and since when. What a killed job left there does not
-    count. It stays, empty, when the claim ends, unless it is alone in a folder that was made for it.
+    count. It stays, empty, when the claim ends, unless it is alone in a folder made for it.
 
     Args:
       path: of the file; its folder is made.
