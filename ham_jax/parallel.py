@@ -44,6 +44,7 @@ _MPI_VARIABLES = (
 _PORTS = range(61440, 65536)
 _PATIENCE_S = 10  # for a network file system to show a new file
 _WAITING_S = 20  # before it is said that a job is not complete
+_claims: list[socket.socket] = []  # of ports, open as long as this process lives
 _GRACE_S = 2  # for processes that fail alike to say so, before the coordinator takes them along
 
 
@@ -98,7 +99,7 @@ def initialize() -> None:
     if job is None:
         return
     if job.number == 0 and job.coordinator:
-        _check_port(job.coordinator)
+        _claim_port(job.coordinator)
     known = (job.coordinator, job.count, job.number) if job.method == "deactivate" else ()
     options: dict[str, Any] = {"local_device_ids": job.local_devices}
     if job.method:
@@ -132,27 +133,31 @@ def _say_waiting(job: Job) -> None:
     )
 
 
-def _check_port(coordinator: str) -> None:
-    """Raises InputError if another program listens where this process is to.
+def _claim_port(coordinator: str) -> None:
+    """Raises InputError if another program listens, or is about to, where this process will.
 
     JAX would share the port, and each of the others would join one or the other by chance.
     """
-    port = coordinator.rpartition(":")[2]
+    port = int(coordinator.rpartition(":")[2])
     for left in range(5, -1, -1):  # a job that was queued again may find its predecessor's
-        with socket.socket() as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listener.bind(("", int(port)))
+        try:
+            with socket.socket() as listener:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(("", port))
                 listener.listen()
-                return
-            except OSError as error:
-                if not left:
-                    raise InputError(
-                        f"Port {port}, at which the processes of this job are to meet, cannot be"
-                        f" used on {socket.gethostname()}: {error.strerror or error}. Another job"
-                        " may use it: set JAX_COORDINATOR_PORT to another number for all processes,"
-                        " or start again."
-                    ) from error
+            if sys.platform == "linux":  # a name that only one process of a host can have
+                claim = socket.socket(socket.AF_UNIX)
+                claim.bind(f"\0ham_jax/{port}")
+                _claims.append(claim)
+            return
+        except OSError as error:
+            if not left:
+                raise InputError(
+                    f"Port {port}, at which the processes of this job are to meet, cannot be used"
+                    f" on {socket.gethostname()}: {error.strerror or error}. Another job may use"
+                    " it: set JAX_COORDINATOR_PORT, or the port in HAM_JAX_COORDINATOR, to another"
+                    " number for all processes, or start again."
+                ) from error
         time.sleep(1)
 
 

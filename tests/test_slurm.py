@@ -19,7 +19,17 @@ from ham_jax import checkpoints
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {
     name: shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-    for name in ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "squeue", "scontrol")
+    for name in (
+        "munged",
+        "slurmctld",
+        "slurmd",
+        "srun",
+        "sbatch",
+        "scancel",
+        "squeue",
+        "scontrol",
+        "setpriv",
+    )
 }
 MISSING = [name for name, path in PROGRAMS.items() if path is None]
 pytestmark = [
@@ -106,19 +116,6 @@ def free_ports(count):
     raise AssertionError("no ports are free")
 
 
-def end(pid_file):
-    """Ends the daemon of a pid file."""
-    try:
-        pid = int(pid_file.read_text())
-        os.kill(pid, signal.SIGTERM)
-        for _ in range(100):
-            os.kill(pid, 0)
-            time.sleep(0.05)
-        os.kill(pid, signal.SIGKILL)
-    except (OSError, ValueError):
-        pass  # it never started, or has ended
-
-
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
     """Starts the cluster; returns run(*command, **environment) -> CompletedProcess."""
@@ -138,8 +135,13 @@ def slurm(tmp_path_factory):
         "JAX_NUM_CPU_DEVICES": "1",
     }
 
-    def start(*command):
-        subprocess.run(command, check=True, timeout=60, env=environment, capture_output=True)
+    daemons = []
+
+    def start(name, *arguments):
+        # They end with this process, however it ends.
+        command = [PROGRAMS["setpriv"], "--pdeathsig=KILL", PROGRAMS[name], *arguments]
+        with (folder / f"{name}.out").open("ab") as out:
+            daemons.append(subprocess.Popen(command, env=environment, stdout=out, stderr=out))
 
     def run(*command, **more):
         return subprocess.run(
@@ -154,27 +156,30 @@ def slurm(tmp_path_factory):
 
     try:
         munge = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
-        start(PROGRAMS["munged"], "--force", f"--socket={folder}/munge.socket", *munge)
-        start(PROGRAMS["slurmctld"])
+        start("munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *munge)
+        wait_for((folder / "munge.socket").exists, 30, (folder / "munged.out").read_text)
+        start("slurmctld", "-D")
         for number in (1, 2, 3):
-            start(PROGRAMS["slurmd"], "-N", f"127.0.0.{number}")
-        for _ in range(100):
-            if run("srun", "--nodes=3", "--immediate=1", "true").returncode == 0:
-                break
-            time.sleep(0.1)
-        else:
-            pytest.fail((folder / "slurmctld.log").read_text())
+            start("slurmd", "-D", "-N", f"127.0.0.{number}")
+        wait_for(
+            lambda: run("srun", "--nodes=3", "--immediate=1", "true").returncode == 0,
+            *(60, (folder / "slurmctld.log").read_text),
+        )
         yield run
     finally:
-        run("scancel", "--user=root")
-        for _ in range(50):
-            if not run("squeue", "--noheader").stdout.strip():
-                break
-            time.sleep(0.1)
-        for pid in sorted(folder.glob("slurmd-*.pid")):
-            end(pid)
-        for name in ("slurmctld", "munge"):
-            end(folder / f"{name}.pid")
+        if run("scancel", "--user=root").returncode == 0:
+            for _ in range(50):
+                if not run("squeue", "--noheader").stdout.strip():
+                    break
+                time.sleep(0.1)
+        for daemon in reversed(daemons):
+            daemon.terminate()
+        for daemon in daemons:
+            try:
+                daemon.wait(5)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
 
 
 @pytest.fixture
@@ -295,17 +300,14 @@ MEETS = """
 def test_two_steps_side_by_side_do_not_join(port, slurm, tmp_path):
     (tmp_path / "meets.py").write_text(textwrap.dedent(MEETS))
     python = f"PYTHONPATH={ROOT} {sys.executable} meets.py"
-    steps = " & ".join(
-        f"srun --nodes=2 --ntasks=2 --exact --cpus-per-task=1 sh -c '{python} {name}'"
-        for name in ("first", "second")
-    )
+    step = "srun --kill-on-bad-exit=1 --nodes=2 --ntasks=2 --exact --cpus-per-task=1 sh -c"
+    steps = " & ".join(f"{step} '{python} {name}'" for name in ("first", "second"))
     both = slurm(
-        *("sbatch", "--wait", "--nodes=2", "--ntasks-per-node=2", "--output=out"),
-        *("--wrap", f"{steps} & wait"),
+        *("salloc", "--nodes=2", "--ntasks-per-node=2", "sh", "-c", f"{steps} & wait"),
         CWD=tmp_path,
         **({"JAX_COORDINATOR_PORT": port} if port else {}),
     )
-    said = (tmp_path / "out").read_text()
+    said = both.stdout + both.stderr
     assert both.returncode == 0, said
     for name, other in (("first", "second"), ("second", "first")):
         assert said.count(f"{name} met ['{name}', '{name}']") == (0 if port else 2), said
