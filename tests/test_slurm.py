@@ -17,7 +17,10 @@ import pytest
 from ham_jax import checkpoints
 
 ROOT = Path(__file__).parents[1]
-NAMES = "setpriv munged slurmctld slurmd srun salloc sbatch scancel squeue scontrol".split()
+NAMES = (
+    *("setpriv", "munged", "slurmctld", "slurmd"),
+    *("srun", "salloc", "sbatch", "scancel", "squeue", "scontrol"),
+)
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 PROGRAMS = {name: shutil.which(name, path=PATH) for name in NAMES}
 MISSING = [name for name, path in PROGRAMS.items() if path is None]
