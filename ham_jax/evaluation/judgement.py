@@ -233,7 +233,8 @@ def read(workdir: Path) -> tuple[Fitted, dict[str, Any]] | None:
         same = content["classes"] == list(CLASSES) and content["levels"] == list(decision.LEVELS)
         apply(fitted, "none", np.full((1, len(CLASSES)), 1 / len(CLASSES)))
         fitted_on = dict(content["fitted_on"])
-    except (KeyError, TypeError, ValueError):
+    # OverflowError: a number of 400 digits.
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         same = False
     if not same:
         raise InputError(
