@@ -175,8 +175,8 @@ def _load(source: Any, limit: int, num_bytes: int | None = None) -> bytes:
             raise TableError("it is not a regular file.")
     if limit > MAX_BYTES and num_bytes is not None and num_bytes > MAX_BYTES:
         raise TableError(_too_large(num_bytes))
-    if num_bytes is not None:  # `read` may take the memory for as much as it is asked for
-        limit = min(limit, num_bytes + 1)
+    if isinstance(source, Path):  # `read` may take the memory for as much as it is asked for
+        limit = min(limit, source.stat().st_size + 1)
     with source.open("rb") as file:
         return file.read(limit)
 
