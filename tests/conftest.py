@@ -14,6 +14,15 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 import pytest  # noqa: E402
 
 
+# The longest files, which start first, so that no process waits for the other's last one.
+_LONGEST = ("test_slurm", "test_loop", "test_predict", "test_crossval", "test_ham10000")
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder with `ham10000/` and `originals_600x450/`; skips the test where it is absent."""

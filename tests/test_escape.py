@@ -52,8 +52,9 @@ def test_the_terminal_gets_a_name_as_it_is_shown(text):
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         for name in ("console", "_output"):
-            patch.setattr(getattr(console, name), "file", said)
-            patch.setattr(getattr(console, name), "width", 400)
+            # Not `file` and `width`, whose old values would be set for good afterwards.
+            patch.setattr(getattr(console, name), "_file", said)
+            patch.setattr(getattr(console, name), "_width", 400)
         console.log_line("a" + escape.shown(text) + "z")
         console.print_table(f"t{text}", ["a", f"b{text}"], [["1", f"a{text}z"]])
     shown = escape.shown(text)
@@ -64,7 +65,7 @@ def test_the_terminal_gets_a_name_as_it_is_shown(text):
 
 def test_a_terminal_of_few_letters_prints_every_name(monkeypatch):
     said = io.TextIOWrapper(io.BytesIO(), "ascii")
-    monkeypatch.setattr(console._output, "file", said)
+    monkeypatch.setattr(console._output, "_file", said)
     console.print_table("Fötö", ["日本"], [["\udcff"]])
     said.flush()
     assert rb"F\xf6t\xf6" in said.buffer.getvalue()
