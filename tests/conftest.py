@@ -13,7 +13,6 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import pytest  # noqa: E402
 
-
 # The longest files, which start first, so that no process waits for the other's last one.
 _LONGEST = ("test_slurm", "test_loop", "test_predict", "test_crossval", "test_ham10000")
 
