@@ -20,6 +20,8 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from ham_jax import classes
+
 CHOICES = {
     "data.feed": ("auto", "stream", "resident"),
     "model.name": (
@@ -127,6 +129,11 @@ def base() -> ml_collections.ConfigDict:
     data.dir = "data/ham10000"  # photographs + metadata, in any of the published layouts
     data.test_dir = config_dict.placeholder(str)  # the ISIC 2018 Task 3 test, as split "test"
     data.prepared_dir = "data/prepared"  # where prepare writes records, one folder a data set
+    # The diagnoses (dx), in the order of every label; your own data may have 2 to 100 others.
+    data.classes = classes.HAM10000.names
+    # Those that the malignancy flag is to find; unset: the malignant of HAM10000 and ISIC 2019.
+    data.malignant = config_dict.placeholder(tuple)
+    data.titles = ()  # the classes in plain words, one each; (): those of HAM10000 and ISIC 2019
     data.canvas = (192, 256)  # height, width in pixels of a record's image
     data.download = False  # fetch what data.dir and data.test_dir lack (about 2.8 GB)
     data.allow_partial = False  # accept a data set whose counts are not the published ones
@@ -448,6 +455,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int = 1) -> None:
         faults.append(
             f"data.canvas = {config.data.canvas!r} must be (height, width) in pixels, 16 to 4096."
         )
+    faults += _class_faults(config.data)
     for key in ("crop_scale", "crop_ratio"):
         faults += _interval_faults(f"augment.{key}", config.augment[key])
     if len(config.augment.crop_scale) == 2 and config.augment.crop_scale[1] > 1:
@@ -503,6 +511,7 @@ def _unknown(config) -> list[str]:
 
 
 _OPTIONAL = {
+    "data.malignant": tuple,
     "data.test_dir": str,
     "data.split_csv": str,
     "data.split_seed": int,
@@ -593,6 +602,19 @@ def _tuples(value: Any) -> Any:
 
 def _listed(allowed: Sequence[Any]) -> str:
     return ", ".join(repr(a) for a in allowed)
+
+
+def _class_faults(data) -> list[str]:
+    texts = [*data.classes, *(data.malignant or ()), *data.titles]
+    if not all(isinstance(text, str) for text in texts):
+        return ["data.classes, data.malignant and data.titles must hold texts: ('mel', 'nv')."]
+    faults = [f"data.classes: {why}" for why in classes.faults(data.classes, data.malignant or ())]
+    if len(data.titles) not in (0, len(data.classes)):
+        faults.append(
+            f"data.titles has {len(data.titles)} texts for {len(data.classes)} classes: give one"
+            " each, or none."
+        )
+    return faults
 
 
 def _interval_faults(key: str, value: tuple) -> list[str]:

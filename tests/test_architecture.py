@@ -8,6 +8,7 @@ ROOT = Path(__file__).parents[1] / "ham_jax"
 # A room may import itself and the rooms below it, never one above.
 BELOW = {
     "main": {
+        "classes",
         "config",
         "parallel",
         "console",
@@ -19,8 +20,18 @@ BELOW = {
         "training",
         "inference",
     },
-    "benchmark": {"config", "parallel", "console", "files", "data", "models", "training"},
+    "benchmark": {
+        "classes",
+        "config",
+        "parallel",
+        "console",
+        "files",
+        "data",
+        "models",
+        "training",
+    },
     "inference": {
+        "classes",
         "config",
         "parallel",
         "console",
@@ -33,6 +44,7 @@ BELOW = {
         "checkpoints",
     },
     "training": {
+        "classes",
         "config",
         "parallel",
         "console",
@@ -44,6 +56,7 @@ BELOW = {
         "checkpoints",
     },
     "evaluation": {
+        "classes",
         "config",
         "parallel",
         "console",
@@ -54,16 +67,26 @@ BELOW = {
         "models",
         "checkpoints",
     },
-    "data": {"config", "files", "reading", "escape", "parallel", "console", "local_path"},
-    "checkpoints": {"config", "files", "parallel", "local_path"},
-    "models": {"config", "reading"},
-    "parallel": {"config", "console"},
+    "data": {
+        "classes",
+        "config",
+        "files",
+        "reading",
+        "escape",
+        "parallel",
+        "console",
+        "local_path",
+    },
+    "checkpoints": {"classes", "config", "files", "parallel", "local_path"},
+    "models": {"classes", "config", "reading"},
+    "parallel": {"classes", "config", "console"},
     "console": {"escape"},
     "escape": set(),
-    "files": {"config", "reading"},
+    "files": {"classes", "config", "reading"},
     "local_path": set(),
     "reading": set(),
-    "config": set(),
+    "classes": set(),
+    "config": {"classes"},
 }
 
 ONLY_IN = {
