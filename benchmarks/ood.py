@@ -106,11 +106,11 @@ def main():
             scores.append(detector.score(features[: len(part)]))
         return np.concatenate(scores)
 
-    records, rows = prepare.prepare(run.config).select("val")
+    images = prepare.prepare(run.config).select("val")
     lesions = np.concatenate(
         [
             detector.score(np.asarray(extract(run.variables, batch["image"]))[:count])
-            for batch, count in feed.sequential(records, rows, batch_size, mesh)
+            for batch, count in feed.sequential(images, batch_size, mesh)
         ]
     )
     rng = np.random.default_rng(0)

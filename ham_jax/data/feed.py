@@ -13,15 +13,16 @@ number of devices and processes.
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import jax
 import numpy as np
 
 from ham_jax import parallel
 from ham_jax.config import InputError
-from ham_jax.data.ham10000 import Records
+from ham_jax.data.ham10000 import Subset
 
 Order = Callable[[int], np.ndarray]
 """step -> record numbers, int64 [B]"""
@@ -92,88 +93,87 @@ def choose(feed: str, num_bytes: int, mesh: jax.sharding.Mesh) -> str:
 
 def batches(
     feed: str,
-    records: Records,
-    rows: np.ndarray,
+    images: Subset,
     order: Order,
-    steps: range,
+    calls: Iterable[range],
     mesh: jax.sharding.Mesh,
-    together: Callable[[int], int] = lambda step: 1,
     metadata: np.ndarray | None = None,
 ) -> Iterator[dict[str, jax.Array]]:
-    """Yields the batch of each step.
+    """Yields the batch of each call of the train step.
 
     Args:
       feed: 'stream' or 'resident'.
-      records: where the images are.
-      rows: record numbers of the split; `order` returns no others.
-      order: step -> record numbers of the global batch.
-      steps: which steps, in order.
+      images: the split.
+      order: step -> record numbers of the global batch, all of `images`.
+      calls: the steps of each call, in order. Several steps are stacked along a new first axis;
+        only the resident feed can give them.
       mesh: the devices, axis `data`.
-      together: step -> how many steps from it on come as one batch, stacked along a new first
-        axis where it is more than one; only of the resident feed.
       metadata: float32 [number of records, M], for a network that takes it.
     """
-    known = {"label": records.table["label"].to_numpy(np.int32)}
+    beside = {"label": images.records.table["label"].to_numpy(np.int32)}
     if metadata is not None:
-        known["metadata"] = metadata
-
-    def local(numbers: np.ndarray) -> np.ndarray:
-        return numbers[..., parallel.local_rows(mesh, numbers.shape[-1])]
-
+        beside["metadata"] = metadata
+    calls = list(calls)
     if feed == "stream":
-        for step, image in zip(steps, _streamed(records, order, steps, mesh), strict=True):
-            mine = local(order(step))
-            rest = {name: values[mine] for name, values in known.items()}
-            yield {"image": image, **parallel.shard(mesh, rest)}
-        return
-    gather = _resident(records, rows, mesh)
-    step = steps.start
-    while step < steps.stop:
-        count = together(step)
-        numbers = np.stack([order(n) for n in range(step, step + count)])
-        mine = local(numbers if count > 1 else numbers[0])
-        rest = {name: values[mine] for name, values in known.items()}
-        yield {"image": gather(mine), **parallel.shard(mesh, rest, mine.ndim - 1)}
-        step += count
+        read = _streamed(images.records, order, [step for (step,) in calls], mesh)
+    else:
+        read = _resident(images, mesh)
+    for steps in calls:
+        numbers = np.stack([order(step) for step in steps])
+        mine = (numbers if len(steps) > 1 else numbers[0])[
+            ..., parallel.local_rows(mesh, numbers.shape[-1])
+        ]
+        rest = {name: values[mine] for name, values in beside.items()}
+        yield {"image": read(mine), **parallel.shard(mesh, rest, mine.ndim - 1)}
+
+
+class Images(Protocol):
+    """Canvas pixels by place: a `Subset`, or an array uint8 [n, H, W, 3]."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, places: np.ndarray, /) -> np.ndarray: ...
 
 
 def sequential(
-    records: Records,
-    rows: np.ndarray,
+    images: Images,
     batch_size: int,
     mesh: jax.sharding.Mesh,
     beside: Mapping[str, np.ndarray] | None = None,
 ) -> Iterator[tuple[dict[str, jax.Array], int]]:
-    """Yields (batch without label, number of true rows): each row once, in order.
+    """Yields (batch without label, number of true rows): each image once, in order.
 
     The last batch is filled up with its last row; only the first number of true rows count.
     The next batch is read while the caller works on this one.
 
     Args:
-      records: where the images are.
-      rows: record numbers.
+      images: n of them.
       batch_size: B.
       mesh: the devices, axis `data`.
-      beside: what else a batch holds, by name, such as `metadata`: a row a record.
+      beside: what else a batch holds, by name, such as `metadata`: [n, ...].
     """
     local = parallel.local_rows(mesh, batch_size)
 
     def read(start: int) -> tuple[dict[str, np.ndarray], int]:
-        chosen = rows[start : start + batch_size]
+        chosen = np.arange(start, min(start + batch_size, len(images)))
         mine = np.pad(chosen, (0, batch_size - len(chosen)), mode="edge")[local]
         rest = {name: values[mine] for name, values in (beside or {}).items()}
-        return {"image": records.read(mine), **rest}, len(chosen)
+        return {"image": images[mine], **rest}, len(chosen)
 
     with ThreadPoolExecutor(1) as reader:
         ahead = None
-        for start in [*range(0, len(rows), batch_size), None]:
+        for start in [*range(0, len(images), batch_size), None]:
             ready, ahead = ahead, None if start is None else reader.submit(read, start)
             if ready is not None:
                 batch, count = ready.result()
                 yield parallel.shard(mesh, batch), count
 
 
-def _streamed(records, order, steps, mesh) -> Iterator[jax.Array]:
+def _streamed(records, order, steps, mesh) -> Callable[[np.ndarray], jax.Array]:
+    """Returns what gives the next step's images, [B, H, W, 3], whichever numbers it is asked for.
+
+    They are read ahead by tf.data.
+    """
     tf = _tensorflow()
     faults: list[InputError] = []
 
@@ -189,27 +189,28 @@ def _streamed(records, order, steps, mesh) -> Iterator[jax.Array]:
         image = tf.numpy_function(read, [step], tf.uint8, stateful=False)
         return tf.ensure_shape(image, (None, *records.canvas, 3))
 
-    dataset = tf.data.Dataset.range(steps.start, steps.stop, steps.step)
+    dataset = tf.data.Dataset.from_tensor_slices(np.array(steps, np.int64))
     dataset = dataset.map(read_in_graph, num_parallel_calls=_READ_AHEAD, deterministic=True)
     images = dataset.prefetch(_READ_AHEAD).as_numpy_iterator()
-    while True:
+
+    def get(_: np.ndarray) -> jax.Array:
         try:
-            image = next(images)
-        except StopIteration:
-            return
+            return parallel.shard(mesh, next(images))
         except tf.errors.OpError as error:
             raise faults[0] if faults else error from error
-        yield parallel.shard(mesh, image)
+
+    return get
 
 
-def _resident(records, rows, mesh) -> Callable[[np.ndarray], jax.Array]:
+def _resident(images: Subset, mesh) -> Callable[[np.ndarray], jax.Array]:
     """Returns record numbers [..., B] of this process -> their images, [..., B, H, W, 3]."""
-    whole = np.empty((len(rows), *records.canvas, 3), np.uint8)
-    for start in range(0, len(rows), _LOAD_ROWS):
-        whole[start : start + _LOAD_ROWS] = records.read(rows[start : start + _LOAD_ROWS])
+    whole = np.empty((len(images), *images.records.canvas, 3), np.uint8)
+    for start in range(0, len(images), _LOAD_ROWS):
+        part = np.arange(start, min(start + _LOAD_ROWS, len(images)))
+        whole[part] = images[part]
     whole = parallel.replicate(mesh, whole)
-    place = np.zeros(len(records.table), np.int32)  # record number -> place in `whole`
-    place[rows] = np.arange(len(rows))
+    place = np.zeros(len(images.records.table), np.int32)  # record number -> place in `whole`
+    place[images.rows] = np.arange(len(images))
 
     # A program of its own, so that the train step is the same one with either feed.
     @functools.partial(jax.jit, static_argnums=2)

@@ -199,6 +199,40 @@ class Records:
         return images
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subset:
+    """Some of the records, such as a split.
+
+    Attributes:
+      records: all of them.
+      rows: the numbers of those that belong to it, int [n].
+    """
+
+    records: Records
+    rows: np.ndarray
+
+    @functools.cached_property
+    def table(self) -> pd.DataFrame:
+        """A row an image: see `RawData`."""
+        return self.records.table.iloc[self.rows]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Int [n]."""
+        return self.table["label"].to_numpy()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        """Returns the images at these places of `rows`, uint8 [k, H, W, 3]; thread-safe."""
+        return self.records.read(self.rows[places])
+
+    def take(self, places: np.ndarray) -> "Subset":
+        """Returns those at these places of `rows`."""
+        return Subset(self.records, self.rows[places])
+
+
 def find(raw_dir: str | os.PathLike, allow_partial: bool = False) -> RawData:
     """Finds photographs by image id, and their metadata, anywhere below a folder.
 

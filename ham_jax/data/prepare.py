@@ -28,14 +28,14 @@ class Dataset:
     test_records: ham10000.Records | None
     audit: splits.Audit
 
-    def select(self, name: str) -> tuple[ham10000.Records, np.ndarray]:
-        """Returns the records and row numbers of the split called `name`.
+    def select(self, name: str) -> ham10000.Subset:
+        """Returns the images of the split called `name`.
 
         Raises:
           InputError: there is no such image.
         """
         if name == "test" and self.test_records is not None:
-            return self.test_records, np.arange(len(self.test_records.table))
+            return ham10000.Subset(self.test_records, np.arange(len(self.test_records.table)))
         rows = np.flatnonzero(self.split == name)
         if not len(rows):
             raise InputError(
@@ -43,7 +43,7 @@ class Dataset:
                 " --config.data.test_dir=FOLDER (--config.data.download=true fetches it);"
                 " a data.split_csv may name one too."
             )
-        return self.records, rows
+        return ham10000.Subset(self.records, rows)
 
     def held_out(self) -> pd.DataFrame:
         """Returns the table of what does not train: the images of val, test and test_dir."""

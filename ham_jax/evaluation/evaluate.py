@@ -19,7 +19,7 @@ from ham_jax import config as configuration
 from ham_jax.config import InputError
 from ham_jax.data import feed, metadata, preprocess
 from ham_jax.data import prepare as preparation
-from ham_jax.data.ham10000 import Records
+from ham_jax.data.ham10000 import Subset
 from ham_jax.evaluation import bootstrap, isic, judgement, lineage, metrics, ood
 
 Variables = Mapping[str, Any]
@@ -95,30 +95,29 @@ def make_extractor(
 def evaluate(
     predict: Predictor,
     variables: Variables,
-    records: Records,
-    rows: np.ndarray,
+    images: Subset,
     batch_size: int,
     mesh: jax.sharding.Mesh,
     with_metadata: bool,
     beside: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Returns (`metrics.compute`'s numbers, probabilities float64 [n, 7]) of the given rows.
+    """Returns (`metrics.compute`'s numbers, probabilities float64 [n, 7]) of images.
 
-    Each row is computed exactly once. The records' metadata go in where `with_metadata` says so,
-    and so does what `beside` holds for a predictor that takes more: by name, a row a record.
+    Each is computed exactly once. Their metadata go in where `with_metadata` says so, and so does
+    what `beside` holds for a predictor that takes more: by name, a row an image.
     """
     batches = []
     beside = dict(beside or {})
     if with_metadata:
-        beside["metadata"] = metadata.encode(records.table)
+        beside["metadata"] = metadata.encode(images.table)
     with console.progress("Evaluating") as progress:
         done = 0
-        for batch, count in feed.sequential(records, rows, batch_size, mesh, beside):
+        for batch, count in feed.sequential(images, batch_size, mesh, beside):
             batches.append(np.asarray(predict(variables, **batch))[:count])
             done += count
-            progress(done, len(rows))
+            progress(done, len(images))
     probabilities = normalised(np.concatenate(batches))
-    return metrics.compute(records.table["label"].to_numpy()[rows], probabilities), probabilities
+    return metrics.compute(images.labels, probabilities), probabilities
 
 
 def normalised(probabilities: np.ndarray) -> np.ndarray:
@@ -221,20 +220,18 @@ def _fitted_on(member: Trained) -> dict[str, Any]:
 def ood_scores(
     member: Trained,
     data: preparation.Dataset,
-    records: Records,
-    rows: np.ndarray,
+    images: Subset,
     mesh: jax.sharding.Mesh,
     may_fit: bool,
 ) -> np.ndarray | None:
-    """Returns how far the given rows are from the run's training images: see `ood.Detector.score`.
+    """Returns how far images are from the run's training images: see `ood.Detector.score`.
 
     Args:
       member: the run.
-      data: its images.
-      records: of the rows.
-      rows: record numbers.
+      data: where the training images are.
+      images: n of them.
       mesh: the devices.
-      may_fit: the rows are the run's validation images. Where it has no out-of-distribution model
+      may_fit: they are the run's validation images. Where it has no out-of-distribution model
         for its weights, one is fitted and kept in its folder.
 
     Returns:
@@ -247,23 +244,22 @@ def ood_scores(
         return None
     extract = make_extractor(member.network, member.config, mesh)
 
-    def features(records: Records, rows: np.ndarray) -> np.ndarray:
-        batches = feed.sequential(records, rows, member.config.eval.batch_size, mesh)
+    def features(images: Subset) -> np.ndarray:
+        batches = feed.sequential(images, member.config.eval.batch_size, mesh)
         parts, done = [], 0
         with console.progress("Features") as progress:
             for batch, count in batches:
                 parts.append(np.asarray(extract(member.variables, batch["image"]))[:count])
                 done += count
-                progress(done, len(rows))
+                progress(done, len(images))
         return np.concatenate(parts)
 
-    of_rows = features(records, rows)
+    of_rows = features(images)
     if detector is None:
-        train_records, train_rows = data.select("train")
-        labels = train_records.table["label"].to_numpy()[train_rows]
-        about = {**_fitted_on(member), "records": train_records.fingerprint}
+        train = data.select("train")
+        about = {**_fitted_on(member), "records": train.records.fingerprint}
         try:
-            detector = ood.fit(features(train_records, train_rows), labels, of_rows, about)
+            detector = ood.fit(features(train), train.labels, of_rows, about)
         except ValueError as error:
             console.log_line(f"{member.workdir}: no {ood.FILE}: {error}.")
             return None
@@ -314,40 +310,39 @@ def run(
     output = output or workdirs[0]
     output.mkdir(parents=True, exist_ok=True)
     if any(member.config.model.metadata for member in members):
-        metadata.announce(images[0][0].table)
+        metadata.announce(images[0].records.table)
     answers, parts, judged, scores = [], [], [], []
-    for member, data, (records, rows), calibrated in zip(
-        members, datasets, images, fitted, strict=True
-    ):
+    for member, data, own_images, calibrated in zip(members, datasets, images, fitted, strict=True):
         config = member.config
         predict = make_predictor(member.network, config, mesh)
         numbers, probabilities = evaluate(
             predict,
             member.variables,
-            records,
-            rows,
+            own_images,
             config.eval.batch_size,
             mesh,
             config.model.metadata,
         )
         answers.append(probabilities)
-        about = settings(config, member.step, member.weights) | {"records": records.fingerprint}
+        about = settings(config, member.step, member.weights) | {
+            "records": own_images.records.fingerprint
+        }
         alone = {"balanced_accuracy": numbers["balanced_accuracy"]}
         if split == "val":
             folder = member.workdir if own else None
-            judged.append(judge_validation(folder, config, about, records, rows, probabilities))
+            judged.append(judge_validation(folder, config, about, own_images, probabilities))
         elif tell_calibration(member, calibrated, about):
             judged.append(judgement.apply(calibrated[0], config.eval.calibration, probabilities))
         else:
             judged.append(None)
         may_fit = own and split == "val"
-        scores.append(ood_scores(member, data, records, rows, mesh, may_fit))
+        scores.append(ood_scores(member, data, own_images, mesh, may_fit))
         parts.append({"workdir": str(member.workdir)} | alone | about)
     if len(members) > 1:
         about = {"members": parts}
     together = None if None in judged else judgement.mean(judged)
     return report(
-        output, split, about, *images[0], np.mean(answers, axis=0), together, ood.joined(scores)
+        output, split, about, images[0], np.mean(answers, axis=0), together, ood.joined(scores)
     )
 
 
@@ -371,8 +366,7 @@ def judge_validation(
     folder: Path | None,
     config: ml_collections.ConfigDict,
     about: Mapping[str, Any],
-    records: Records,
-    rows: np.ndarray,
+    images: Subset,
     probabilities: np.ndarray,
 ) -> judgement.Judgement | None:
     """Fits a run's calibration.json and judges the same images without their own lesions.
@@ -381,14 +375,13 @@ def judge_validation(
       folder: of the run, to write into; None: nowhere.
       config: of the run.
       about: `settings`, and `records`: their fingerprint.
-      records: where the images' table is.
-      rows: validation.
-      probabilities: float64 [n, 7] of these rows.
+      images: validation.
+      probabilities: float64 [n, 7].
 
     Returns:
       See `judgement.cross_fit`.
     """
-    table = records.table.iloc[rows]
+    table = images.table
     labels, lesion_ids = table["label"].to_numpy(), table["lesion_id"].to_numpy()
     if folder is not None and parallel.is_main():
         counts = {"num_images": len(table), "num_lesions": table["lesion_id"].nunique()}
@@ -430,17 +423,17 @@ def tell_calibration(
 
 def select(
     members: Sequence[Trained], datasets: Sequence[preparation.Dataset], split: str
-) -> list[tuple[Records, np.ndarray]]:
-    """Returns each member's records and its rows of a split in the first member's order of images.
+) -> list[Subset]:
+    """Returns each member's images of a split, in the order of the first member's.
 
     Raises:
       InputError: no such images; members whose split holds other images; or, but for 'train', one
         that was trained on them.
     """
     images = [data.select(split) for data in datasets]
-    ids = [pd.Index(records.table["image_id"].to_numpy()[rows]) for records, rows in images]
+    ids = [pd.Index(of_member.table["image_id"]) for of_member in images]
     aligned = []
-    for member, own, (records, rows) in zip(members, ids, images, strict=True):
+    for member, own, of_member in zip(members, ids, images, strict=True):
         place = own.get_indexer(ids[0])
         if len(own) != len(ids[0]) or (place < 0).any():
             why = (
@@ -454,9 +447,9 @@ def select(
                 f"--workdir: {members[0].workdir} and {member.workdir} have different images in"
                 f" split {split!r}. {why}"
             )
-        aligned.append((records, rows[place]))
+        aligned.append(of_member.take(place))
         if split != "train":
-            lineage.refuse_seen(str(member.workdir), records.table.iloc[rows], "--workdir")
+            lineage.refuse_seen(str(member.workdir), of_member.table, "--workdir")
     return aligned
 
 
@@ -464,8 +457,7 @@ def report(
     folder: Path,
     split: str,
     about: Mapping[str, Any],
-    records: Records,
-    rows: np.ndarray,
+    images: Subset,
     probabilities: np.ndarray,
     judged: judgement.Judgement | None,
     ood_scores: np.ndarray | None = None,
@@ -477,18 +469,17 @@ def report(
       split: its name.
       about: what the probabilities come from: `settings` and `records` of a run, or a list of such,
         with each `balanced_accuracy`, as `members` of an ensemble or `folds`.
-      records: where the images' table is.
-      rows: the images.
-      probabilities: float64 [n, 7] of these rows, raw.
-      judged: calibrated probabilities and thresholds of the same rows, where there are any.
-      ood_scores: float64 [n] of the same rows, where there is an out-of-distribution model.
+      images: n of them.
+      probabilities: float64 [n, 7], raw.
+      judged: calibrated probabilities and thresholds, where there are any.
+      ood_scores: float64 [n], where there is an out-of-distribution model.
 
     Returns:
       What metrics.json holds: the numbers of the raw probabilities, their 95 % intervals from a
       bootstrap over lesions, what they were measured on, `judgement.measure`, and of split test the
       challenge's own figures.
     """
-    table = records.table.iloc[rows]
+    table = images.table
     image_ids, lesion_ids = table["image_id"].tolist(), table["lesion_id"].tolist()
     labels = table["label"].to_numpy()
     numbers = metrics.compute(labels, probabilities)

@@ -166,8 +166,8 @@ def run(
     path = workdir / "predictions.csv"
     image_ids, lesions, labels, probabilities = metrics.read_predictions(path)
     member = evaluate.load(workdir, overrides, mesh)
-    records, rows = preparation.prepare(member.config).select(split)
-    table = records.table.iloc[rows]
+    of_split = preparation.prepare(member.config).select(split)
+    table = of_split.table
     place = pd.Index(table["image_id"]).get_indexer(image_ids)
     if not image_ids or (place < 0).any():
         raise InputError(
@@ -180,7 +180,7 @@ def run(
     if member.config.model.metadata:
         codes = metadata.encode(table.iloc[place[together]])
     answers = probabilities.argmax(axis=1)
-    explained = explain(member, records.read(rows[place[together]]), answers[together], codes, mesh)
+    explained = explain(member, of_split[place[together]], answers[together], codes, mesh)
     panels, first = {}, 0
     for kind, of_kind in chosen.items():
         about = [

@@ -121,10 +121,10 @@ def run(
     datasets = [preparation.prepare(member.config) for member in members]
     images = evaluate.select(members, datasets, split)
     config = members[0].config.eval
-    records, rows = images[0]
-    chosen = choose(records.table.iloc[rows], config.robustness_images)
-    images = [(records, rows[chosen]) for records, rows in images]
-    table = records.table.iloc[rows[chosen]]
+    num_images = len(images[0])
+    chosen = choose(images[0].table, config.robustness_images)
+    images = [of_member.take(chosen) for of_member in images]
+    table = images[0].table
     output = output or workdirs[0]
     output.mkdir(parents=True, exist_ok=True)
     if any(member.config.model.metadata for member in members):
@@ -164,7 +164,7 @@ def run(
     if parallel.is_main():
         path = output / "robustness.csv"
         files.write_text(path, results.to_csv(index=False, lineterminator="\n"))
-        _print(results, interval, len(rows), path)
+        _print(results, interval, num_images, path)
     return results
 
 
@@ -172,7 +172,7 @@ def _answers(members, images, mesh):
     """Yields ((corruption, severity), mean probabilities float64 [n, 7]), the clean ones first."""
     corrupt = make_corruptor(mesh)
     predictors = [evaluate.make_predictor(m.network, m.config, mesh) for m in members]
-    numbers = [corruptions.image_numbers(r.table["image_id"]) for r, _ in images]
+    numbers = [corruptions.image_numbers(i.table["image_id"]) for i in images]
     severities = range(1, corruptions.NUM_SEVERITIES + 1)
     for name, severity in [_CLEAN, *((n, s) for n in corruptions.NAMES for s in severities)]:
         answers = []
@@ -184,7 +184,7 @@ def _answers(members, images, mesh):
             _, probabilities = evaluate.evaluate(
                 predict,
                 member.variables,
-                *images[n],
+                images[n],
                 member.config.eval.batch_size,
                 mesh,
                 member.config.model.metadata,

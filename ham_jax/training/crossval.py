@@ -12,6 +12,7 @@ import pandas as pd
 from ham_jax import checkpoints, console, parallel
 from ham_jax.config import InputError
 from ham_jax.data import prepare as preparation
+from ham_jax.data.ham10000 import Subset
 from ham_jax.evaluation import evaluate, judgement, lineage, metrics
 from ham_jax.training import loop
 
@@ -78,9 +79,9 @@ def _train(
         "tta": config.eval.tta,
         "records": records.fingerprint,
     }
-    rows = np.arange(len(records.table))
+    images = Subset(records, np.arange(len(records.table)))
     scores = _ood_scores(predictions, records.table["image_id"])
-    return evaluate.report(workdir, "crossval", about, records, rows, probabilities, judged, scores)
+    return evaluate.report(workdir, "crossval", about, images, probabilities, judged, scores)
 
 
 def _joined(

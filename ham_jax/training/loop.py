@@ -78,11 +78,16 @@ class Plan:
         """Returns whether a checkpoint follows after `done` steps."""
         return _passes(done, self.save_every) or self.evaluates(done)
 
-    def together(self, step: int, most: int) -> int:
-        """Returns how many steps from `step` on are one program: `most`, or 1.
+    def calls(self, start: int, most: int) -> list[range]:
+        """Returns the steps of each call of the compiled step from `start` on: `most`, or 1."""
+        calls = []
+        while start < self.num_steps:
+            calls.append(range(start, start + self._steps_per_call(start, most)))
+            start = calls[-1].stop
+        return calls
 
-        A function of the step alone, so that a run taken up again groups them alike.
-        """
+    def _steps_per_call(self, step: int, most: int) -> int:
+        """A function of the step alone, so that a run taken up again groups them alike."""
         last = step + most
         whole = step % most == 0 and last <= self.num_steps
         alike = self.crop_px(step) == self.crop_px(last - 1)
@@ -138,12 +143,12 @@ def _train(
     if config.model.pretrained and not checkpoints.has_checkpoints(workdir):
         weights = _pretrained(network, config)
     data = preparation.prepare(config)
-    records, rows = data.select("train")
-    val_records, val_rows = data.select("val")
+    images, val_images = data.select("train"), data.select("val")
+    records = images.records
     if weights:
         lineage.refuse_seen(config.model.pretrained, data.held_out(), "model.pretrained")
-    labels = records.table["label"].to_numpy()[rows]
-    plan = Plan.of(config, len(rows))
+    labels = images.labels
+    plan = Plan.of(config, len(images))
     codes = None
     if num_metadata:
         codes = metadata.encode(records.table)
@@ -173,8 +178,7 @@ def _train(
         numbers, validated[int(state["step"])] = evaluate.evaluate(
             predict,
             chosen(state),
-            val_records,
-            val_rows,
+            val_images,
             config.eval.batch_size,
             mesh,
             config.model.metadata,
@@ -214,11 +218,10 @@ def _train(
             saved.check_space(state)
             if parallel.is_main():
                 telemetry.write_start(workdir, start)
-                _say_what(config, plan, start, len(rows), len(val_rows), mesh)
-            order = _order(config, rows, labels)
-            kind = feed.choose(config.data.feed, len(rows) * math.prod(records.canvas) * 3, mesh)
-            together = functools.partial(plan.together, most=_most_together(config, kind))
-            steps = range(start, plan.num_steps)
+                _say_what(config, plan, start, len(images), len(val_images), mesh)
+            order = _order(config, images.rows, labels)
+            kind = feed.choose(config.data.feed, len(images) * math.prod(records.canvas) * 3, mesh)
+            calls = plan.calls(start, _most_steps_per_call(config, kind))
             with telemetry.Telemetry(
                 workdir,
                 config.log,
@@ -232,8 +235,8 @@ def _train(
                 state = _steps(
                     state,
                     train_step,
-                    feed.batches(kind, records, rows, order, steps, mesh, together, codes),
-                    together,
+                    calls,
+                    feed.batches(kind, images, order, calls, mesh, codes),
                     plan,
                     config,
                     schedule,
@@ -250,14 +253,10 @@ def _train(
         validate(state)
     about = evaluate.settings(config, best, "ema" if use_ema else "raw")
     about |= {"records": records.fingerprint}
-    judged = evaluate.judge_validation(
-        workdir, config, about, val_records, val_rows, validated[best]
-    )
+    judged = evaluate.judge_validation(workdir, config, about, val_images, validated[best])
     trained = evaluate.Trained(workdir, config, network, chosen(state), about["weights"], best)
-    scores = evaluate.ood_scores(trained, data, val_records, val_rows, mesh, may_fit=True)
-    return evaluate.report(
-        workdir, "val", about, val_records, val_rows, validated[best], judged, scores
-    )
+    scores = evaluate.ood_scores(trained, data, val_images, mesh, may_fit=True)
+    return evaluate.report(workdir, "val", about, val_images, validated[best], judged, scores)
 
 
 def _pretrained(
@@ -279,7 +278,7 @@ def _read_run(folder: Path) -> dict[str, np.ndarray]:
     return pretrained.flatten(ema if use_ema else {"params": params, "batch_stats": batch_stats})
 
 
-def _most_together(config: ml_collections.ConfigDict, feed: str) -> int:
+def _most_steps_per_call(config: ml_collections.ConfigDict, feed: str) -> int:
     """Returns how many steps may be one program: the more, the less small steps wait for Python.
 
     One on CPU, where XLA runs convolutions in a rolled loop 12 to 28 times slower.
@@ -313,8 +312,8 @@ def _peak_images_per_s(train_step, state, config, canvas, mesh) -> float | None:
 def _steps(
     state,
     train_step,
+    calls,
     batches,
-    together,
     plan,
     config,
     schedule,
@@ -324,7 +323,6 @@ def _steps(
     log,
 ) -> step.State:
     """The loop: step, log, evaluate, save, until the plan's end or a request to stop."""
-    start = int(state["step"])
     unlogged: list[dict[str, jax.Array]] = []  # scalars of the steps since the last log
     ahead: collections.deque[jax.Array] = collections.deque()
 
@@ -344,9 +342,8 @@ def _steps(
         means = {f"train/{name}": float(values.mean()) for name, values in each.items()}
         log.log(done, means | {"train/learning_rate": float(schedule(done - 1))})
 
-    done = start
-    while done < plan.num_steps:
-        before, done = done, done + together(done)
+    for steps in calls:
+        before, done = steps.start, steps.stop
         log.profile(before)
         with log.waiting():
             batch = next(batches)

@@ -14,6 +14,7 @@ import pytest
 from ham_jax import parallel
 from ham_jax.config import InputError
 from ham_jax.data import feed, ham10000
+from ham_jax.data.ham10000 import Subset
 
 ROWS = np.arange(100, 137)
 
@@ -51,13 +52,18 @@ def records(tiny_records):
     return ham10000.open_records(tiny_records)
 
 
+def single(steps):
+    """Each step is a call of its own."""
+    return [range(step, step + 1) for step in steps]
+
+
 def test_stream_and_resident_bring_the_same_pixels_and_labels(records):
     rows = np.arange(0, len(records.table), 2)
     order = feed.shuffled(rows, 16, seed=1)
     mesh = parallel.mesh()
     steps = range(3, 6)
-    streamed = list(feed.batches("stream", records, rows, order, steps, mesh))
-    resident = list(feed.batches("resident", records, rows, order, steps, mesh))
+    streamed = list(feed.batches("stream", Subset(records, rows), order, single(steps), mesh))
+    resident = list(feed.batches("resident", Subset(records, rows), order, single(steps), mesh))
     for step, a, b in zip(steps, streamed, resident, strict=True):
         truth = records.read(order(step))
         np.testing.assert_array_equal(a["image"], truth)
@@ -79,19 +85,18 @@ def test_damaged_records_are_named_by_either_feed(kind, tiny_records, tmp_path):
     rows = np.arange(len(records.table))
     order, mesh = feed.shuffled(rows, 8, 0), parallel.mesh()
     with pytest.raises(InputError, match="records are damaged"):
-        list(feed.batches(kind, records, rows, order, range(len(rows) // 8), mesh))
+        list(feed.batches(kind, Subset(records, rows), order, single(range(len(rows) // 8)), mesh))
 
 
 def test_steps_that_go_together_are_stacked(records):
     rows = np.arange(len(records.table))
     order = feed.shuffled(rows, 8, seed=2)
-    groups = {0: 1, 1: 3, 4: 1}
-    batches = feed.batches(
-        "resident", records, rows, order, range(5), parallel.mesh(), together=groups.get
-    )
+    calls = [range(1), range(1, 4), range(4, 5)]
+    batches = feed.batches("resident", Subset(records, rows), order, calls, parallel.mesh())
     labels = records.table["label"].to_numpy()
-    for (step, count), batch in zip(groups.items(), batches, strict=True):
-        numbers = np.stack([order(n) for n in range(step, step + count)])
+    for steps, batch in zip(calls, batches, strict=True):
+        count = len(steps)
+        numbers = np.stack([order(n) for n in steps])
         numbers = numbers if count > 1 else numbers[0]
         np.testing.assert_array_equal(batch["label"], labels[numbers])
         np.testing.assert_array_equal(
@@ -103,36 +108,36 @@ def test_steps_that_go_together_are_stacked(records):
 
 def test_sequential_shows_each_row_once_and_pads_the_last_batch(records):
     rows = np.arange(5, 42)
-    known = np.random.default_rng(0).normal(size=(len(records.table), 3)).astype(np.float32)
+    known = np.random.default_rng(0).normal(size=(len(rows), 3)).astype(np.float32)
     for beside in (None, {"metadata": known}):
         seen = [
             {name: np.asarray(array)[:count] for name, array in batch.items()}
-            for batch, count in feed.sequential(records, rows, 16, parallel.mesh(), beside)
+            for batch, count in feed.sequential(Subset(records, rows), 16, parallel.mesh(), beside)
         ]
         assert [len(part["image"]) for part in seen] == [16, 16, 5]
         whole = {name: np.concatenate([part[name] for part in seen]) for name in seen[0]}
         np.testing.assert_array_equal(whole.pop("image"), records.read(rows))
         assert whole.keys() == (beside or {}).keys()
         if whole:
-            np.testing.assert_array_equal(whole["metadata"], known[rows])
+            np.testing.assert_array_equal(whole["metadata"], known)
 
 
 def test_both_feeds_bring_metadata_where_it_is_asked_for(records):
     rows = np.arange(len(records.table))
     order = feed.shuffled(rows, 8, seed=2)
     known = np.random.default_rng(0).normal(size=(len(rows), 3)).astype(np.float32)
-    ask = (records, rows, order, range(4), parallel.mesh())
-    streamed = list(feed.batches("stream", *ask, metadata=known))
-    resident = list(feed.batches("resident", *ask, metadata=known))
+    ask = (Subset(records, rows), order, single(range(4)), parallel.mesh(), known)
+    streamed = list(feed.batches("stream", *ask))
+    resident = list(feed.batches("resident", *ask))
     for step, pair in enumerate(zip(streamed, resident, strict=True)):
         for batch in pair:
             np.testing.assert_array_equal(batch["metadata"], known[order(step)])
             assert batch["metadata"].sharding.spec == batch["label"].sharding.spec
-    (stacked,) = feed.batches("resident", *ask, together=lambda step: 4, metadata=known)
+    (stacked,) = feed.batches("resident", *ask[:2], [range(4)], *ask[3:])
     np.testing.assert_array_equal(
         stacked["metadata"], np.stack([known[order(n)] for n in range(4)])
     )
-    assert "metadata" not in next(feed.batches("resident", *ask))
+    assert "metadata" not in next(feed.batches("resident", *ask[:-1]))
 
 
 WORKER = textwrap.dedent("""
@@ -148,7 +153,9 @@ WORKER = textwrap.dedent("""
     rows = np.arange(len(records.table))
     order = feed.shuffled(rows, 8, seed=5)
     for kind in ("stream", "resident"):
-        batches = feed.batches(kind, records, rows, order, range(2, 5), parallel.mesh())
+        calls = [range(n, n + 1) for n in range(2, 5)]
+        images = ham10000.Subset(records, rows)
+        batches = feed.batches(kind, images, order, calls, parallel.mesh())
         for step, batch in enumerate(batches):
             for name, array in batch.items():
                 for shard in array.addressable_shards:

@@ -146,8 +146,7 @@ def test_each_image_is_judged_once_by_a_network_that_never_saw_its_lesion(folds,
         assert of_fold.tolist() == [scores[image_id] for image_id in in_fold]
         assert (of_fold > 1).mean() <= 0.05
         of_fold = config.from_dict(json.loads((fold / "config.json").read_text()))
-        records, rows = preparation.prepare(of_fold).select("train")
-        trained_on = records.table.iloc[rows]
+        trained_on = preparation.prepare(of_fold).select("train").table
         assert len(in_fold) + len(trained_on) == len(ids)
         assert not set(lesions) & set(trained_on["lesion_id"])
 

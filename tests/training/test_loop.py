@@ -136,12 +136,9 @@ def test_resume_is_bit_exact_and_so_are_both_feeds(tiny, one_device, tmp_path):
 
 
 @pytest.mark.parametrize(("num_steps", "every", "most"), [(20, 6.5, 4), (20, 20, 8), (7, 3, 1)])
-def test_steps_taken_together_end_where_something_follows(num_steps, every, most):
+def test_the_steps_of_a_call_end_where_something_follows(num_steps, every, most):
     plan = loop.Plan(10.0, num_steps, 0, every, every, ((0, 16), (9, 24)))
-    step, groups = 0, []
-    while step < num_steps:
-        groups.append(range(step, step + plan.together(step, most)))
-        step = groups[-1].stop
+    groups = plan.calls(0, most)
     assert [n for group in groups for n in group] == list(range(num_steps))
     assert max(map(len, groups)) == most
     for group in groups:
@@ -178,7 +175,7 @@ def linear(config, num_classes, num_metadata=0):
 
 
 @pytest.mark.parametrize("with_metadata", [False, True])
-def test_steps_taken_together_are_the_same_steps(
+def test_steps_of_one_call_are_the_same_steps(
     with_metadata, tiny, one_device, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(models, "build", linear)
