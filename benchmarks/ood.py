@@ -20,10 +20,9 @@ from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from ham_jax import console, parallel
-from ham_jax.data import feed, prepare
+from ham_jax import console, model, parallel
 from ham_jax.data import image as image_files
-from ham_jax.evaluation import evaluate
+from ham_jax.data import prepare
 
 PHOTOGRAPHS = (
     *("astronaut", "brick", "camera", "cat", "chelsea", "clock", "coffee", "coins", "grass"),
@@ -86,38 +85,25 @@ def main():
     parser.add_argument("--workdir", type=Path, required=True)
     parallel.compile_cache()
     mesh = parallel.mesh()
-    run = evaluate.load(parser.parse_args().workdir, [], mesh)
-    detector = evaluate.saved_detector(run)
-    if detector is None:
+    run = model.restore(parser.parse_args().workdir, [], mesh).with_detector()
+    if run.detector is None:
         return
-    extract = evaluate.make_extractor(run.network, run.config, mesh)
-    canvas, batch_size = tuple(run.config.data.canvas), run.config.eval.batch_size
 
     def score(pictures):
-        scores, decoded = [], []
+        files = []
         for pixels in pictures:
-            file = io.BytesIO()
-            Image.fromarray(pixels).save(file, "PNG")
-            decoded.append(image_files.load(file.getvalue(), canvas))
-        for first in range(0, len(decoded), batch_size):
-            part = np.stack(decoded[first : first + batch_size])
-            batch = np.resize(part, (batch_size, *part.shape[1:]))
-            features = np.asarray(extract(run.variables, parallel.shard(mesh, batch)))
-            scores.append(detector.score(features[: len(part)]))
-        return np.concatenate(scores)
+            files.append(io.BytesIO())
+            Image.fromarray(pixels).save(files[-1], "PNG")
+        decoded = [image_files.load(file.getvalue(), run.canvas) for file in files]
+        return run.detector.score(run.features(np.stack(decoded)))
 
     images = prepare.prepare(run.config).select("val")
-    lesions = np.concatenate(
-        [
-            detector.score(np.asarray(extract(run.variables, batch["image"]))[:count])
-            for batch, count in feed.sequential(images, batch_size, mesh)
-        ]
-    )
+    lesions = run.detector.score(run.features(images))
     rng = np.random.default_rng(0)
     kinds = {
         "photographs": score(crops(rng, PHOTOGRAPHS, CROPS)),
-        "noise": score(noise(rng, canvas)),
-        "one colour": score(blank(rng, canvas)),
+        "noise": score(noise(rng, run.canvas)),
+        "one colour": score(blank(rng, run.canvas)),
         "text": score(text(rng)),
     }
     kinds["all"] = np.concatenate(list(kinds.values()))
@@ -126,7 +112,7 @@ def main():
         truth = np.repeat([0, 1], [len(lesions), len(scores)])
         area = roc_auc_score(truth, np.concatenate([lesions, scores]))
         table.append([kind, f"{len(scores)}", f"{area:.4f}", f"{(scores > 1).mean():.3f}"])
-    console.print_table(str(run.workdir), ["pictures", "n", "AUROC", "marked"], table)
+    console.print_table(run.name, ["pictures", "n", "AUROC", "marked"], table)
 
 
 if __name__ == "__main__":

@@ -108,6 +108,18 @@ FREE_ON_RESUME = (
 )
 
 
+# What --mode=eval and --mode=predict may set anew; the rest is what the run was trained with.
+FREE_IN_EVALUATION = (
+    "data.dir",
+    "data.test_dir",
+    "data.prepared_dir",
+    "data.download",
+    "data.allow_partial",
+    "data.num_workers",
+    "eval",
+)
+
+
 class InputError(ValueError):
     """What a user gave cannot be worked with.
 
@@ -378,6 +390,19 @@ def override(config: ml_collections.ConfigDict, texts: Sequence[tuple[str, str]]
             except InputError as error:
                 faults += error.faults
     return faults
+
+
+def refuse_fixed(
+    config: ml_collections.ConfigDict, texts: Sequence[tuple[str, str]], workdir: Path
+) -> list[str]:
+    """Returns a fault for each (path, text) that belongs to the trained run in `workdir`."""
+    free, known = tuple(f"{key}." for key in FREE_IN_EVALUATION), flatten(config)
+    return [
+        f"--config.{key} cannot be set here: it belongs to the run in {workdir}. What can:"
+        f" {', '.join(FREE_IN_EVALUATION)}."
+        for key, _ in texts
+        if key in known and not f"{key}.".startswith(free)
+    ]
 
 
 def from_dict(values: Mapping[str, Any]) -> ml_collections.ConfigDict:

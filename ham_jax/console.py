@@ -28,12 +28,17 @@ def is_terminal() -> bool:
 
 
 @contextlib.contextmanager
-def progress(description: str) -> Iterator[Callable[..., None]]:
+def progress(description: str | None) -> Iterator[Callable[..., None]]:
     """Shows how far a task is: a bar on a terminal, else a line at most every 10 seconds.
+
+    Without a description it is a no-op: the caller reports progress.
 
     Yields:
       progress(done, total, note=""): tells the state; the bar appears with the first call.
     """
+    if description is None:
+        yield lambda *_, **__: None
+        return
     if not console.is_terminal:
         yield _lines(description)
         return

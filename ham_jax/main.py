@@ -159,7 +159,7 @@ def main(argv: list[str]) -> None:
         else:
             explain.run(workdir, _SPLIT.value, _overrides, mesh)
     else:
-        from ham_jax.inference import predict
+        from ham_jax.commands import predict
 
         output = output or workdir / _OWN_FILE["predict"]
         if not predict.run(workdirs, given.images, output, _overrides, mesh):

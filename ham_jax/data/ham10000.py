@@ -34,6 +34,7 @@ from tensorflow_datasets.core import writer
 from tensorflow_datasets.proto import tf_example_pb2
 
 from ham_jax import CLASSES, escape, files, reading
+from ham_jax.classes import HAM10000, Classes
 from ham_jax.config import InputError, nearest
 from ham_jax.data import folders, image, metadata, tables
 from ham_jax.local_path import LocalPath
@@ -176,6 +177,7 @@ class Records:
     canvas: tuple[int, int]
     fingerprint: str
     _serialized: Any = dataclasses.field(repr=False)  # TFDS's ArrayRecord data source
+    classes: Classes = HAM10000
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Returns the images of these records, uint8 [n, H, W, 3]; thread-safe.

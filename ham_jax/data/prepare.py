@@ -76,7 +76,7 @@ def prepare(config: ml_collections.ConfigDict) -> Dataset:
         shown = ", ".join(audit.shared_lesions[:5])
         raise InputError(
             f"{len(audit.shared_lesions)} lesions lie in more than one split ({shown}, ...):"
-            " results would be too good to be true. Give test photographs of other lesions."
+            " results would be inflated by leakage. Give test photographs of other lesions."
         )
     return Dataset(records, split, test_records, audit)
 

@@ -1,278 +1,27 @@
 """Weights -> probabilities of every image of a split -> the numbers and files that say how good.
 
-The training loop and `--mode=eval` both call `evaluate`, so both report the same numbers.
+The training loop and `--mode=eval` both call `judge` and `report`, so both give the same numbers.
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pandas as pd
 
-from ham_jax import CLASSES, DISCLAIMER, checkpoints, console, files, models, parallel
-from ham_jax import config as configuration
+from ham_jax import DISCLAIMER, console, files, parallel
+from ham_jax import classes as diagnoses
 from ham_jax.config import InputError
-from ham_jax.data import feed, metadata, preprocess
+from ham_jax.data import metadata
 from ham_jax.data import prepare as preparation
 from ham_jax.data.ham10000 import Subset
-from ham_jax.evaluation import bootstrap, isic, judgement, lineage, metrics, ood
-
-Variables = Mapping[str, Any]
-"""{'params', 'batch_stats'} as nested dicts"""
-
-Predictor = Callable[..., jax.Array]
-"""(variables, image uint8 [B, H, W, 3], metadata float32 [B, M] or None=None) -> probabilities
-float32 [B, 7] on every process"""
-
-# Keys that --mode=eval and --mode=predict may set anew; the rest is what the run was trained with.
-MOVABLE = (
-    "data.dir",
-    "data.test_dir",
-    "data.prepared_dir",
-    "data.download",
-    "data.allow_partial",
-    "data.num_workers",
-    "eval",
-)
-
-FIXED = ("test", "train")
-"""Splits that a run's calibration is applied to as it is: it was fitted on validation."""
-
-
-def make_predictor(
-    network: models.Network, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
-) -> Predictor:
-    """Returns the compiled way from canvas pixels to probabilities.
-
-    With `eval.tta = n` it is the mean of the probabilities of the first n views of the dihedral
-    group: 2 adds the mirror image, 4 all flips, 8 the quarter turns too.
-    """
-
-    def probabilities(variables, image, k, metadata):
-        view = preprocess.eval_view(
-            image, config.augment.crop_px, config.eval.crop_scale, config.augment.shades_of_gray
-        )
-        view = preprocess.dihedral(view, k)
-        logits, _ = network.apply(
-            variables["params"], variables["batch_stats"], view, train=False, metadata=metadata
-        )
-        return jax.nn.softmax(logits)
-
-    compiled = jax.jit(probabilities, out_shardings=parallel.replicated(mesh))
-
-    def predict(
-        variables: Variables, image: jax.Array, metadata: jax.Array | None = None
-    ) -> jax.Array:
-        # One program for all views: eight unrolled copies would compile eight times as long.
-        views = [compiled(variables, image, jnp.int32(k), metadata) for k in range(config.eval.tta)]
-        return sum(views[1:], views[0]) / len(views)
-
-    return predict
-
-
-def make_extractor(
-    network: models.Network, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
-) -> Callable[[Variables, jax.Array], jax.Array]:
-    """Returns the compiled way from canvas pixels to features, of the upright view alone.
-
-    (variables, image uint8 [B, H, W, 3]) -> float32 [B, F] on every process.
-    """
-
-    def features(variables, image):
-        view = preprocess.eval_view(
-            image, config.augment.crop_px, config.eval.crop_scale, config.augment.shades_of_gray
-        )
-        return network.features(variables["params"], variables["batch_stats"], view)
-
-    return jax.jit(features, out_shardings=parallel.replicated(mesh))
-
-
-def evaluate(
-    predict: Predictor,
-    variables: Variables,
-    images: Subset,
-    batch_size: int,
-    mesh: jax.sharding.Mesh,
-    with_metadata: bool,
-    beside: Mapping[str, np.ndarray] | None = None,
-) -> tuple[dict[str, Any], np.ndarray]:
-    """Returns (`metrics.compute`'s numbers, probabilities float64 [n, 7]) of images.
-
-    Each is computed exactly once. Their metadata go in where `with_metadata` says so, and so does
-    what `beside` holds for a predictor that takes more: by name, a row an image.
-    """
-    batches = []
-    beside = dict(beside or {})
-    if with_metadata:
-        beside["metadata"] = metadata.encode(images.table)
-    with console.progress("Evaluating") as progress:
-        done = 0
-        for batch, count in feed.sequential(images, batch_size, mesh, beside):
-            batches.append(np.asarray(predict(variables, **batch))[:count])
-            done += count
-            progress(done, len(images))
-    probabilities = normalised(np.concatenate(batches))
-    return metrics.compute(images.labels, probabilities), probabilities
-
-
-def normalised(probabilities: np.ndarray) -> np.ndarray:
-    """Returns float64 rows that sum to 1, without float32's rounding."""
-    probabilities = probabilities.astype(np.float64)
-    return probabilities / probabilities.sum(-1, keepdims=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """A trained network as its checkpoint holds it.
-
-    Attributes:
-      workdir: of the run.
-      config: of the run, with the keys that were set anew.
-      network: its pure functions.
-      variables: the weights that `eval.weights` asks for, on the mesh.
-      weights: which these are, 'raw' or 'ema'.
-      step: of the checkpoint.
-    """
-
-    workdir: Path
-    config: ml_collections.ConfigDict
-    network: models.Network
-    variables: Variables
-    weights: str
-    step: int
-
-
-def load(workdir: Path, overrides: list[tuple[str, str]], mesh: jax.sharding.Mesh) -> Trained:
-    """Rebuilds the network and its best weights from a run's folder alone.
-
-    Args:
-      workdir: of a training run.
-      overrides: (key, text) pairs of the command line; only `MOVABLE` keys.
-      mesh: the devices.
-
-    Raises:
-      InputError: no checkpoint there, one of other classes, or keys that may not be set anew.
-    """
-    params, batch_stats, ema, meta, step = checkpoints.load_for_inference(workdir)
-    if tuple(meta["classes"]) != CLASSES:
-        raise InputError(
-            f"--workdir={workdir} tells {', '.join(meta['classes'])} apart; this version of ham_jax"
-            f" knows {', '.join(CLASSES)}."
-        )
-    config = configuration.from_dict(meta["config"])
-    movable = tuple(f"{key}." for key in MOVABLE)
-    known = configuration.flatten(config)
-    faults = [
-        f"--config.{key} cannot be set here: it belongs to the run in {workdir}. What can:"
-        f" {', '.join(MOVABLE)}."
-        for key, _ in overrides
-        if key in known and not f"{key}.".startswith(movable)
-    ]
-    faults += configuration.override(config, overrides)
-    if faults:
-        raise InputError(faults)
-    configuration.validate(config, mesh.devices.size)
-    use_ema = config.eval.weights == "ema" or (config.eval.weights == "auto" and ema)
-    variables = ema if use_ema else {"params": params, "batch_stats": batch_stats}
-    num_metadata = metadata.NUM_METADATA if config.model.metadata else 0
-    network = models.build(config.model, len(CLASSES), num_metadata)
-    weights = "ema" if use_ema else "raw"
-    return Trained(workdir, config, network, parallel.replicate(mesh, variables), weights, step)
-
-
-def saved_detector(member: Trained, refits: bool = False) -> ood.Detector | None:
-    """Returns the run's out-of-distribution model, or None where it has none for these weights.
-
-    Unless the caller fits it anew, a line says why there is none.
-    """
-    if not member.config.eval.ood:
-        return None
-    path = member.workdir / ood.FILE
-    try:
-        detector = ood.load(path)
-        why = "" if detector else f"there is no {path}"
-    except ValueError as error:
-        detector, why = None, f"{error}"
-    if detector is not None:
-        asked = _fitted_on(member)
-        differs = [key for key in asked if detector.about.get(key) != asked[key]]
-        if differs:
-            detector, why = None, f"{path} was fitted with another {', '.join(differs)}"
-    if why and not refits and parallel.is_main():
-        console.log_line(
-            f"Images unlike those of training are not marked: {why}. --mode=eval --split=val"
-            f" --workdir={member.workdir} makes it."
-        )
-    return detector
-
-
-def _fitted_on(member: Trained) -> dict[str, Any]:
-    """Returns what features depend on and a command line can change."""
-    about = settings(member.config, member.step, member.weights)
-    return {key: about[key] for key in ("step", "weights", "crop_scale")}
-
-
-def ood_scores(
-    member: Trained,
-    data: preparation.Dataset,
-    images: Subset,
-    mesh: jax.sharding.Mesh,
-    may_fit: bool,
-) -> np.ndarray | None:
-    """Returns how far images are from the run's training images: see `ood.Detector.score`.
-
-    Args:
-      member: the run.
-      data: where the training images are.
-      images: n of them.
-      mesh: the devices.
-      may_fit: they are the run's validation images. Where it has no out-of-distribution model
-        for its weights, one is fitted and kept in its folder.
-
-    Returns:
-      float64 [n], or None: the run has no such model.
-    """
-    if not member.config.eval.ood:
-        return None
-    detector = saved_detector(member, refits=may_fit)
-    if detector is None and not may_fit:
-        return None
-    extract = make_extractor(member.network, member.config, mesh)
-
-    def features(images: Subset) -> np.ndarray:
-        batches = feed.sequential(images, member.config.eval.batch_size, mesh)
-        parts, done = [], 0
-        with console.progress("Features") as progress:
-            for batch, count in batches:
-                parts.append(np.asarray(extract(member.variables, batch["image"]))[:count])
-                done += count
-                progress(done, len(images))
-        return np.concatenate(parts)
-
-    of_rows = features(images)
-    if detector is None:
-        train = data.select("train")
-        about = {**_fitted_on(member), "records": train.records.fingerprint}
-        try:
-            detector = ood.fit(features(train), train.labels, of_rows, about)
-        except ValueError as error:
-            console.log_line(f"{member.workdir}: no {ood.FILE}: {error}.")
-            return None
-        if parallel.is_main():
-            detector.save(member.workdir / ood.FILE)
-    return detector.score(of_rows)
-
-
-def load_all(
-    workdirs: Sequence[Path], overrides: list[tuple[str, str]], mesh: jax.sharding.Mesh
-) -> list[Trained]:
-    """Returns the members of an ensemble: of each folder the run, or a cross-validation's folds."""
-    return [load(run, overrides, mesh) for workdir in workdirs for run in checkpoints.runs(workdir)]
+from ham_jax.evaluation import bootstrap, calibration, isic, leakage, metrics, ood
+from ham_jax.evaluation.predictions import Predictions
+from ham_jax.inference import decision, detector
+from ham_jax.inference.decision import Calibrated
+from ham_jax.model import Ensemble, Model, restore_all
 
 
 def run(
@@ -298,131 +47,122 @@ def run(
       InputError: nothing to evaluate, nothing to evaluate on, nowhere to write, or runs of other
         splits.
     """
-    members = load_all(workdirs, overrides, mesh)
-    if len(members) > 1 and output is None:
-        raise InputError(
-            f"--mode=eval of {len(members)} runs needs --output, the folder to write into."
-        )
-    datasets = [preparation.prepare(member.config) for member in members]
-    images = select(members, datasets, split)
-    fitted = [None if split == "val" else judgement.read(member.workdir) for member in members]
-    own = output is None
-    output = output or workdirs[0]
-    output.mkdir(parents=True, exist_ok=True)
-    if any(member.config.model.metadata for member in members):
-        metadata.announce(images[0].records.table)
-    answers, parts, judged, scores = [], [], [], []
-    for member, data, own_images, calibrated in zip(members, datasets, images, fitted, strict=True):
-        config = member.config
-        predict = make_predictor(member.network, config, mesh)
-        numbers, probabilities = evaluate(
-            predict,
-            member.variables,
-            own_images,
-            config.eval.batch_size,
-            mesh,
-            config.model.metadata,
-        )
-        answers.append(probabilities)
-        about = settings(config, member.step, member.weights) | {
-            "records": own_images.records.fingerprint
-        }
-        alone = {"balanced_accuracy": numbers["balanced_accuracy"]}
-        if split == "val":
-            folder = member.workdir if own else None
-            judged.append(judge_validation(folder, config, about, own_images, probabilities))
-        elif tell_calibration(member, calibrated, about):
-            judged.append(judgement.apply(calibrated[0], config.eval.calibration, probabilities))
-        else:
-            judged.append(None)
-        may_fit = own and split == "val"
-        scores.append(ood_scores(member, data, own_images, mesh, may_fit))
-        parts.append({"workdir": str(member.workdir)} | alone | about)
-    if len(members) > 1:
-        about = {"members": parts}
-    together = None if None in judged else judgement.mean(judged)
-    return report(
-        output, split, about, images[0], np.mean(answers, axis=0), together, ood.joined(scores)
+    ensemble, datasets, images = restore_on(split, workdirs, overrides, mesh, output, "eval")
+    if split in calibration.HELD_OUT:  # all are read before any is evaluated
+        ensemble = Ensemble(tuple(member.with_calibrator() for member in ensemble.members))
+    all_raw, said, scores, parts = [], [], [], []
+    for member, data, own_images in zip(ensemble.members, datasets, images, strict=True):
+        raw = member.probabilities(own_images, member.encode(own_images.table), "Evaluating")
+        predictions = Predictions.of(own_images, member.classes, raw)
+        calibrated, ood_scores = judge(member, data, own_images, predictions, split, not output)
+        all_raw.append(raw)
+        said.append(calibrated)
+        scores.append(ood_scores)
+        alone = {"balanced_accuracy": metrics.compute(predictions)["balanced_accuracy"]}
+        parts.append({"workdir": member.name} | alone | provenance(member, own_images))
+    about = {"members": parts} if len(parts) > 1 else provenance(ensemble.members[0], images[0])
+    together = None if None in said else decision.mean(said)
+    predictions = Predictions.of(
+        images[0], ensemble.classes, np.mean(all_raw, axis=0), detector.joined(scores)
     )
+    return report(output or workdirs[0], split, about, predictions, together)
 
 
-def settings(config: ml_collections.ConfigDict, step: int, weights: str) -> dict[str, Any]:
-    """Returns what probabilities come from, as metrics.json and calibration.json say it.
+def restore_on(
+    split: str,
+    workdirs: Sequence[Path],
+    overrides: list[tuple[str, str]],
+    mesh: jax.sharding.Mesh,
+    output: Path | None,
+    mode: str,
+) -> tuple[Ensemble, list[preparation.Dataset], list[Subset]]:
+    """Returns the runs, their data, and each one's images of a split, in the same order.
 
     Args:
-      config: of the run.
-      step: of the checkpoint.
-      weights: 'raw' or 'ema'.
+      split: 'val', 'test' or 'train'.
+      workdirs: one training run, or the members of an ensemble.
+      overrides: (key, text) pairs of the command line, for each of the runs.
+      mesh: the devices.
+      output: the folder to write into, which is made; None: the run's own.
+      mode: for the message.
+
+    Raises:
+      InputError: see `run`.
     """
-    return {
-        "step": step,
-        "tta": config.eval.tta,
-        "crop_scale": config.eval.crop_scale,
-        "weights": weights,
-    }
+    ensemble = Ensemble(restore_all(workdirs, overrides, mesh))
+    num_members = len(ensemble.members)
+    if num_members > 1 and output is None:
+        raise InputError(
+            f"--mode={mode} of {num_members} runs needs --output, the folder to write into."
+        )
+    datasets = [preparation.prepare(member.config) for member in ensemble.members]
+    images = select(ensemble.members, datasets, split)
+    (output or workdirs[0]).mkdir(parents=True, exist_ok=True)
+    if ensemble.takes_metadata:
+        metadata.announce(images[0].records.table)
+    return ensemble, datasets, images
 
 
-def judge_validation(
-    folder: Path | None,
-    config: ml_collections.ConfigDict,
-    about: Mapping[str, Any],
+def provenance(model: Model, images: Subset) -> dict[str, Any]:
+    """Returns what probabilities come from, as metrics.json and calibration.json say it."""
+    return {**model.provenance, "records": images.records.fingerprint}
+
+
+def judge(
+    model: Model,
+    data: preparation.Dataset,
     images: Subset,
-    probabilities: np.ndarray,
-) -> judgement.Judgement | None:
-    """Fits a run's calibration.json and judges the same images without their own lesions.
+    predictions: Predictions,
+    split: str,
+    keeps: bool,
+) -> tuple[Calibrated | None, np.ndarray | None]:
+    """Returns calibrated decisions about images and how unlike training they are.
 
     Args:
-      folder: of the run, to write into; None: nowhere.
-      config: of the run.
-      about: `settings`, and `records`: their fingerprint.
-      images: validation.
-      probabilities: float64 [n, 7].
+      model: with its calibrator, where the split is in `calibration.HELD_OUT`.
+      data: where the training images are.
+      images: of the split.
+      predictions: raw, of the same images.
+      split: its name.
+      keeps: on validation, fit the run's calibration.json anew, and its ood.npz where it has none
+        for these weights.
 
     Returns:
-      See `judgement.cross_fit`.
+      (None without a calibration, float64 [n] or None without an out-of-distribution model).
     """
-    table = images.table
-    labels, lesion_ids = table["label"].to_numpy(), table["lesion_id"].to_numpy()
-    if folder is not None and parallel.is_main():
-        counts = {"num_images": len(table), "num_lesions": table["lesion_id"].nunique()}
-        fitted = judgement.fit(labels, probabilities, lesion_ids)
-        judgement.write(folder, fitted, {"split": "val", **about, **counts})
-    return judgement.cross_fit(labels, probabilities, lesion_ids, config.eval.calibration)
+    keeps = keeps and split == "val"
+    method = model.config.eval.calibration
+    if keeps and parallel.is_main():
+        counts = {"num_images": len(predictions), "num_lesions": predictions.num_lesions}
+        fitted_on = {"split": split, **provenance(model, images), **counts}
+        calibration.fit(predictions, fitted_on).write(model.workdir)
+    calibrated = calibration.decide(predictions, split, method, model.calibrator)
+    return calibrated, _ood_scores(model.with_detector(keeps), data, images, keeps)
 
 
-def tell_calibration(
-    member: Trained,
-    fitted: tuple[judgement.Fitted, dict[str, Any]] | None,
-    about: Mapping[str, Any],
-) -> bool:
-    """Says where a run has no calibration, or one for other probabilities.
-
-    Args:
-      member: the run.
-      fitted: what `judgement.read` returned.
-      about: `settings` of what it is to be applied to.
-
-    Returns:
-      Whether there is one.
-    """
-    line = ""
-    if fitted is None:
-        line = (
-            f"{member.workdir} has no {judgement.FILE}: its probabilities stay as the network gives"
-            f" them, without flag and sets. {judgement.how_to_make(member.workdir)}"
-        )
-    elif differs := judgement.mismatch(fitted[1], about):
-        line = (
-            f"{member.workdir}/{judgement.FILE} does not fit: {differs}. Fit it anew with the same"
-            f" keys and --mode=eval --split=val --workdir={member.workdir}."
-        )
-    if line and parallel.is_main():
-        console.log_line(line)
-    return fitted is not None
+def _ood_scores(
+    model: Model, data: preparation.Dataset, images: Subset, may_fit: bool
+) -> np.ndarray | None:
+    """Returns `Detector.score` of images, float64 [n]; None where the run has no such model."""
+    if not model.config.eval.ood or (model.detector is None and not may_fit):
+        return None
+    features, found = model.features(images, "Features"), model.detector
+    if found is None:
+        train = data.select("train")
+        fitted_on = {**model.detector_provenance, "records": train.records.fingerprint}
+        of_train = model.features(train, "Features")
+        try:
+            found = ood.fit(of_train, train.labels, features, fitted_on)
+        except ValueError as error:
+            console.log_line(f"{model.name}: no {detector.FILE}: {error}.")
+            return None
+        if parallel.is_main():
+            found.save(model.workdir / detector.FILE)
+    return found.score(features)
 
 
 def select(
-    members: Sequence[Trained], datasets: Sequence[preparation.Dataset], split: str
+    members: Sequence[Model], datasets: Sequence[preparation.Dataset], split: str
 ) -> list[Subset]:
     """Returns each member's images of a split, in the order of the first member's.
 
@@ -444,83 +184,73 @@ def select(
                 " --split=test; --mode=crossval measures all folds on their own validation."
             )
             raise InputError(
-                f"--workdir: {members[0].workdir} and {member.workdir} have different images in"
+                f"--workdir: {members[0].name} and {member.name} have different images in"
                 f" split {split!r}. {why}"
             )
         aligned.append(of_member.take(place))
         if split != "train":
-            lineage.refuse_seen(str(member.workdir), of_member.table, "--workdir")
+            leakage.refuse_trained_on(member.name, of_member.table, "--workdir")
     return aligned
 
 
 def report(
     folder: Path,
     split: str,
-    about: Mapping[str, Any],
-    images: Subset,
-    probabilities: np.ndarray,
-    judged: judgement.Judgement | None,
-    ood_scores: np.ndarray | None = None,
+    provenance: Mapping[str, Any],
+    predictions: Predictions,
+    calibrated: Calibrated | None,
 ) -> dict[str, Any]:
     """Prints a table and writes metrics.json, predictions.csv and isic_submission.csv.
 
     Args:
       folder: where to write.
       split: its name.
-      about: what the probabilities come from: `settings` and `records` of a run, or a list of such,
-        with each `balanced_accuracy`, as `members` of an ensemble or `folds`.
-      images: n of them.
-      probabilities: float64 [n, 7], raw.
-      judged: calibrated probabilities and thresholds, where there are any.
-      ood_scores: float64 [n], where there is an out-of-distribution model.
+      provenance: what the probabilities come from: `provenance` of a run, or a list of such, with
+        each `balanced_accuracy`, as `members` of an ensemble or `folds`.
+      predictions: raw.
+      calibrated: probabilities and thresholds of the same images, where there are any.
 
     Returns:
       What metrics.json holds: the numbers of the raw probabilities, their 95 % intervals from a
-      bootstrap over lesions, what they were measured on, `judgement.measure`, and of split test the
-      challenge's own figures.
+      bootstrap over lesions, what they were measured on, `calibration.measure`, and of HAM10000's
+      split test the challenge's own figures.
     """
-    table = images.table
-    image_ids, lesion_ids = table["image_id"].tolist(), table["lesion_id"].tolist()
-    labels = table["label"].to_numpy()
-    numbers = metrics.compute(labels, probabilities)
-    intervals = bootstrap.intervals(labels, probabilities, table["lesion_id"].to_numpy())
-    if split == "test":  # elsewhere nobody else's figures are there to compare them with
-        about = {**about, "isic2018": isic.score(image_ids, labels, probabilities)}
+    classes = predictions.classes
+    is_ham10000 = classes.names == diagnoses.HAM10000.names
+    numbers = metrics.compute(predictions)
+    intervals = bootstrap.intervals(predictions)
+    if split == "test" and is_ham10000:  # only there are others' figures to compare them with
+        provenance = {**provenance, "isic2018": isic.score(predictions)}
+    decided = {}
+    if calibrated:
+        held_out = split in calibration.HELD_OUT
+        decided = calibration.measure(predictions, calibrated, cross_fitted=not held_out)
     numbers = {
         "balanced_accuracy": numbers["balanced_accuracy"],
         "balanced_accuracy_interval": intervals["balanced_accuracy"],
         **numbers,
         "intervals": intervals,
         "split": split,
-        **about,
-        "num_lesions": len(set(lesion_ids)),
-        **(
-            judgement.measure(labels, table["lesion_id"].to_numpy(), judged, split not in FIXED)
-            if judged
-            else {}
-        ),
-        "classes": list(CLASSES),
+        **provenance,
+        "num_lesions": predictions.num_lesions,
+        **decided,
+        "classes": list(classes),
+        "malignant": list(classes.malignant),
+        "titles": list(classes.titles),
         "note": DISCLAIMER,
     }
     if parallel.is_main():
         files.write_json(folder / "metrics.json", numbers)
-        known = table[list(metrics.KNOWN)]
-        if ood_scores is not None:
-            known = known.assign(ood_score=ood_scores)
-        metrics.write_predictions(
-            folder / "predictions.csv",
-            image_ids,
-            lesion_ids,
-            labels,
-            probabilities,
-            known,
-        )
-        metrics.write_isic_submission(folder / "isic_submission.csv", image_ids, probabilities)
-        _print(numbers, folder)
+        predictions.write(folder / "predictions.csv")
+        written = ["metrics.json", "predictions.csv"]
+        if is_ham10000:
+            isic.write_submission(folder / "isic_submission.csv", predictions)
+            written.append("isic_submission.csv")
+        _print(numbers, f"{folder}/{', '.join(written)}")
     return numbers
 
 
-def _print(numbers: dict[str, Any], folder: Path) -> None:
+def _print(numbers: dict[str, Any], written: str) -> None:
     def text(value: float | None) -> str:
         return "-" if value is None else f"{value:.3f}"
 
@@ -547,19 +277,19 @@ def _print(numbers: dict[str, Any], folder: Path) -> None:
         ["macro average precision", with_interval("macro_average_precision")],
         ["log loss", with_interval("log_loss")],
         ["expected calibration error", with_interval("expected_calibration_error")],
-        *(_judgement_rows(numbers) if "calibration" in numbers else ()),
+        *(_decision_rows(numbers) if "calibration" in numbers else ()),
         *(
             [name, ", ".join(f"{p['balanced_accuracy']:.3f}" for p in numbers[name])]
             for name in ("members", "folds")
             if name in numbers
         ),
         *([["checkpoint", f"step {numbers['step']}"]] if "step" in numbers else []),
-        ["written", f"{folder}/metrics.json, predictions.csv, isic_submission.csv"],
+        ["written", written],
     ]
     console.print_table(DISCLAIMER, ["", ""], summary)
 
 
-def _judgement_rows(numbers: dict[str, Any]) -> list[list[str]]:
+def _decision_rows(numbers: dict[str, Any]) -> list[list[str]]:
     """Returns the printed rows of calibration, flag and sets."""
     calibrated, decided = numbers["calibration"], numbers["decision"]
     after = calibrated[calibrated["method"]]

@@ -1,7 +1,7 @@
 """`--mode=robustness`: how much worse a network answers about photographs that went wrong."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -11,10 +11,10 @@ import pandas as pd
 from jax.sharding import PartitionSpec
 
 from ham_jax import DISCLAIMER, console, files, parallel
-from ham_jax.config import InputError
-from ham_jax.data import metadata
-from ham_jax.data import prepare as preparation
+from ham_jax.data.ham10000 import Subset
 from ham_jax.evaluation import bootstrap, corruptions, evaluate, metrics
+from ham_jax.evaluation.predictions import Predictions
+from ham_jax.model import Ensemble, Model, normalised
 
 # Not the run's own: runs of other seeds meet the same corrupted photographs.
 _SEED = 0
@@ -43,16 +43,20 @@ def make_corruptor(mesh: jax.sharding.Mesh) -> Corruptor:
     )
 
 
-def behind(
-    predict: evaluate.Predictor, corrupt: Corruptor, name: str, severity: int
-) -> evaluate.Predictor:
-    """Returns the predictor that sees corrupted canvases; it takes `number` beside the image."""
+def with_corruption(
+    model: Model, images: Subset, corrupt: Corruptor, name: str, severity: int
+) -> np.ndarray:
+    """Returns what a model says of corrupted images: raw probabilities float64 [n, C]."""
     which = jnp.int32(corruptions.NAMES.index(name)), jnp.int32(severity)
 
-    def predict_corrupted(variables, image, number, **given):
-        return predict(variables, corrupt(image, number, *which), **given)
+    def probabilities(variables, image, number, metadata=None):
+        return model.forward.probabilities(variables, corrupt(image, number, *which), metadata)
 
-    return predict_corrupted
+    beside = {
+        "number": corruptions.image_numbers(images.table["image_id"]),
+        "metadata": model.encode(images.table),
+    }
+    return normalised(model.in_batches(probabilities, images, beside, "Evaluating"))
 
 
 def choose(table: pd.DataFrame, num_images: int, seed: int = _SEED) -> np.ndarray:
@@ -113,84 +117,62 @@ def run(
     """
     if not any(key == "eval.tta" for key, _ in overrides):
         overrides = [*overrides, ("eval.tta", "1")]
-    members = evaluate.load_all(workdirs, overrides, mesh)
-    if len(members) > 1 and output is None:
-        raise InputError(
-            f"--mode=robustness of {len(members)} runs needs --output, the folder to write into."
-        )
-    datasets = [preparation.prepare(member.config) for member in members]
-    images = evaluate.select(members, datasets, split)
-    config = members[0].config.eval
+    ensemble, _, images = evaluate.restore_on(
+        split, workdirs, overrides, mesh, output, "robustness"
+    )
+    config = ensemble.members[0].config.eval
     num_images = len(images[0])
     chosen = choose(images[0].table, config.robustness_images)
     images = [of_member.take(chosen) for of_member in images]
-    table = images[0].table
-    output = output or workdirs[0]
-    output.mkdir(parents=True, exist_ok=True)
-    if any(member.config.model.metadata for member in members):
-        metadata.announce(table)
-    labels, lesion_ids = table["label"].to_numpy(), table["lesion_id"].to_numpy()
-
     results, correct = [], []
-    for (name, severity), probabilities in _answers(members, images, mesh):
-        numbers = metrics.compute(labels, probabilities)
-        low, high = metrics.interval(labels, probabilities, lesion_ids, _NUM_DRAWS)
-        results.append(
-            {
-                "corruption": name,
-                "severity": severity,
-                "balanced_accuracy": numbers["balanced_accuracy"],
-                "low": low,
-                "high": high,
-                "accuracy": numbers["accuracy"],
-                "macro_auc": numbers["macro_auc"],
-                "n": len(labels),
-                "split": split,
-                "tta": config.tta,
-            }
-        )
-        correct.append(metrics.correct_answers(labels, probabilities))
+    for (name, severity), probabilities in _answers(ensemble, images):
+        judged = Predictions.of(images[0], ensemble.classes, probabilities)
+        row = _measured(name, severity, judged)
+        results.append(row | {"n": len(judged), "split": split, "tta": config.tta})
+        correct.append(metrics.correct_answers(judged))
         if parallel.is_main():
-            console.log_line(
-                f"{name} {severity}: balanced accuracy {numbers['balanced_accuracy']:.3f}"
-            )
+            console.log_line(f"{name} {severity}: balanced accuracy {row['balanced_accuracy']:.3f}")
     results = pd.DataFrame(results)
     # All in the same resamples of the lesions, so that only the differences vary.
-    draws = metrics.balanced_accuracy_draws(
-        labels, np.stack(correct, axis=-1), lesion_ids, _NUM_DRAWS, seed=0
+    draws = bootstrap.balanced_accuracy_draws(
+        judged, np.stack(correct, axis=-1), _NUM_DRAWS, seed=0
     )
-    difference = draws[:, 1:].mean(axis=1) - draws[:, 0]
-    interval = bootstrap.interval(difference)
+    interval = bootstrap.interval(draws[:, 1:].mean(axis=1) - draws[:, 0])
     if parallel.is_main():
-        path = output / "robustness.csv"
+        path = (output or workdirs[0]) / "robustness.csv"
         files.write_text(path, results.to_csv(index=False, lineterminator="\n"))
         _print(results, interval, num_images, path)
     return results
 
 
-def _answers(members, images, mesh):
-    """Yields ((corruption, severity), mean probabilities float64 [n, 7]), the clean ones first."""
-    corrupt = make_corruptor(mesh)
-    predictors = [evaluate.make_predictor(m.network, m.config, mesh) for m in members]
-    numbers = [corruptions.image_numbers(i.table["image_id"]) for i in images]
+def _measured(name: str, severity: int, judged: Predictions) -> dict[str, float | str | int]:
+    """Returns the first columns of a row of robustness.csv."""
+    numbers = metrics.compute(judged)
+    low, high = bootstrap.balanced_accuracy_interval(judged, _NUM_DRAWS)
+    return {
+        "corruption": name,
+        "severity": severity,
+        "balanced_accuracy": numbers["balanced_accuracy"],
+        "low": low,
+        "high": high,
+        "accuracy": numbers["accuracy"],
+        "macro_auc": numbers["macro_auc"],
+    }
+
+
+def _answers(
+    ensemble: Ensemble, images: Sequence[Subset]
+) -> Iterator[tuple[tuple[str, int], np.ndarray]]:
+    """Yields ((corruption, severity), mean probabilities float64 [n, C]), the clean ones first."""
+    corrupt = make_corruptor(ensemble.members[0].forward.mesh)
     severities = range(1, corruptions.NUM_SEVERITIES + 1)
     for name, severity in [_CLEAN, *((n, s) for n in corruptions.NAMES for s in severities)]:
-        answers = []
-        for n, member in enumerate(members):
-            predict, beside = predictors[n], {}
-            if (name, severity) != _CLEAN:
-                predict = behind(predict, corrupt, name, severity)
-                beside = {"number": numbers[n]}
-            _, probabilities = evaluate.evaluate(
-                predict,
-                member.variables,
-                images[n],
-                member.config.eval.batch_size,
-                mesh,
-                member.config.model.metadata,
-                beside,
-            )
-            answers.append(probabilities)
+        answers = [
+            model.probabilities(of_model, model.encode(of_model.table), "Evaluating")
+            if (name, severity) == _CLEAN
+            else with_corruption(model, of_model, corrupt, name, severity)
+            for model, of_model in zip(ensemble.members, images, strict=True)
+        ]
         yield (name, severity), np.mean(answers, axis=0)
 
 

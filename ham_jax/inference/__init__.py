@@ -1,1 +1,1 @@
-"""Weights -> answers about new photographs."""
+"""Probabilities -> what a person is told. NumPy alone."""

@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-import pandas as pd
 
 from ham_jax import checkpoints, console, parallel
 from ham_jax.config import InputError
 from ham_jax.data import prepare as preparation
-from ham_jax.data.ham10000 import Subset
-from ham_jax.evaluation import evaluate, judgement, lineage, metrics
+from ham_jax.data.ham10000 import Records, Subset
+from ham_jax.evaluation import calibration, evaluate, leakage, predictions
+from ham_jax.evaluation.predictions import Predictions
+from ham_jax.inference.decision import Calibrated
 from ham_jax.training import loop
 
 
@@ -55,7 +56,7 @@ def _train(
 ) -> dict[str, Any]:
     records = preparation.prepare(config).records
     if config.model.pretrained:
-        lineage.refuse_seen(config.model.pretrained, records.table, "model.pretrained")
+        leakage.refuse_trained_on(config.model.pretrained, records.table, "model.pretrained")
     num_folds = config.data.num_folds
     folders = [checkpoints.fold_folder(workdir, fold) for fold in range(num_folds)]
     folds = []
@@ -69,58 +70,49 @@ def _train(
         numbers = loop.train(config_of_fold, folder, mesh, preemption)
         folds.append({key: numbers[key] for key in ("balanced_accuracy", "num_images", "step")})
     parallel.barrier("folds")  # the main process has written the last predictions
-    predictions = [folder / "predictions.csv" for folder in folders]
-    probabilities, judged = _joined(
-        predictions, records.table["image_id"].tolist(), config.eval.calibration
+    judged, calibrated = _joined(
+        [folder / "predictions.csv" for folder in folders], records, config.eval.calibration
     )
-    about = {
+    provenance = {
         "num_folds": num_folds,
         "folds": folds,
         "tta": config.eval.tta,
         "records": records.fingerprint,
     }
-    images = Subset(records, np.arange(len(records.table)))
-    scores = _ood_scores(predictions, records.table["image_id"])
-    return evaluate.report(workdir, "crossval", about, images, probabilities, judged, scores)
+    return evaluate.report(workdir, "crossval", provenance, judged, calibrated)
 
 
 def _joined(
-    files: Sequence[Path], image_ids: Sequence[str], method: str
-) -> tuple[np.ndarray, judgement.Judgement | None]:
-    """Returns the probabilities and the judgement of each image by the one file that has it.
+    files: Sequence[Path], records: Records, method: str
+) -> tuple[Predictions, Calibrated | None]:
+    """Returns the predictions of each image by the one file that has it, and its decisions.
 
     Args:
       files: predictions, one a fold.
-      image_ids: [n], in the order of what is returned.
+      records: the images, in the order of what is returned.
       method: of calibration.
 
     Returns:
-      (probabilities float64 [n, 7], raw; the folds' `judgement.cross_fit`, or None where a fold
-      has too few lesions for one).
+      (raw predictions, with `ood_score` where each fold has one; the folds' decisions, or None
+      where a fold has too few lesions for any).
 
     Raises:
       InputError: an image is in no file or in several.
     """
-    read = [metrics.read_predictions(file) for file in files]
-    ids = [image_id for of_fold, _, _, _ in read for image_id in of_fold]
+    image_ids = records.table["image_id"].tolist()
+    parts = [predictions.read(file) for file in files]
+    place = {image_id: number for number, image_id in enumerate(image_ids)}
+    ids = [image_id for part in parts for image_id in part.image_ids]
     if sorted(ids) != sorted(image_ids):
         raise InputError(
             f"{', '.join(map(str, files))} do not hold each of {len(image_ids)} images once: did"
             " another job write there? Start the command again."
         )
-    place = {image_id: n for n, image_id in enumerate(image_ids)}
-    places = np.array([place[image_id] for image_id in ids])
-    probabilities = np.concatenate([rows for *_, rows in read])[np.argsort(places)]
-    judged = [
-        judgement.cross_fit(labels, rows, np.array(lesions), method)
-        for _, lesions, labels, rows in read
-    ]
-    return probabilities, None if None in judged else judgement.join(judged, places)
-
-
-def _ood_scores(files: Sequence[Path], image_ids: Sequence[str]) -> np.ndarray | None:
-    """Returns each image's `ood_score` by the one file that has it; None where a fold has none."""
-    tables = [metrics.read_table(file) for file in files]
-    if not all("ood_score" in table for table in tables):
-        return None
-    return pd.concat(tables).set_index("image_id")["ood_score"].loc[image_ids].to_numpy()
+    folds = [np.array([place[image_id] for image_id in part.image_ids]) for part in parts]
+    whole = predictions.join(parts).take(np.argsort(np.concatenate(folds)))
+    scores = None
+    if all("ood_score" in part.metadata for part in parts):
+        scores = whole.metadata["ood_score"].to_numpy()
+    images = Subset(records, np.arange(len(image_ids)))
+    judged = Predictions.of(images, records.classes, whole.probabilities, scores)
+    return judged, calibration.decide(judged, "crossval", method, folds=folds)

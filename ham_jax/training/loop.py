@@ -11,12 +11,15 @@ import jax
 import ml_collections
 import numpy as np
 
-from ham_jax import CLASSES, checkpoints, console, models, parallel
+from ham_jax import checkpoints, console, models, parallel
+from ham_jax import classes as diagnoses
 from ham_jax import config as configuration
 from ham_jax.config import InputError
 from ham_jax.data import feed, metadata, splits
 from ham_jax.data import prepare as preparation
-from ham_jax.evaluation import evaluate, lineage
+from ham_jax.evaluation import evaluate, leakage, metrics
+from ham_jax.evaluation.predictions import Predictions
+from ham_jax.model import Model, judged_weights
 from ham_jax.models import pretrained
 from ham_jax.training import losses, optim, step, telemetry
 
@@ -138,7 +141,8 @@ def _train(
     preemption: parallel.Preemption,
 ) -> dict[str, Any]:
     num_metadata = metadata.NUM_METADATA if config.model.metadata else 0
-    network = models.build(config.model, len(CLASSES), num_metadata)
+    model = Model.of(workdir, config, diagnoses.of_config(config.data), mesh)
+    network = model.forward.network
     weights = None
     if config.model.pretrained and not checkpoints.has_checkpoints(workdir):
         weights = _pretrained(network, config)
@@ -146,7 +150,7 @@ def _train(
     images, val_images = data.select("train"), data.select("val")
     records = images.records
     if weights:
-        lineage.refuse_seen(config.model.pretrained, data.held_out(), "model.pretrained")
+        leakage.refuse_trained_on(config.model.pretrained, data.held_out(), "model.pretrained")
     labels = images.labels
     plan = Plan.of(config, len(images))
     codes = None
@@ -157,7 +161,7 @@ def _train(
     schedule = optim.schedule(config.optim, plan.warmup_steps, plan.num_steps)
     params = jax.eval_shape(lambda: network.init(config.seed)[0])
     optimizer = optim.make(config.optim, schedule, params)
-    loss = losses.make_loss(config.loss, np.bincount(labels, minlength=len(CLASSES)))
+    loss = losses.make_loss(config.loss, np.bincount(labels, minlength=len(model.classes)))
 
     @functools.cache
     def train_step(crop_px: int):
@@ -166,28 +170,17 @@ def _train(
         sized.augment.crop_px = crop_px
         return step.make_train_step(network, optimizer, loss, sized, mesh)
 
-    predict = evaluate.make_predictor(network, config, mesh)
-    use_ema = config.optim.ema_decay > 0 and config.eval.weights != "raw"
-
-    def chosen(state):
-        return state["ema"] if use_ema else {k: state[k] for k in ("params", "batch_stats")}
-
+    val_codes = model.encode(val_images.table)
     validated: dict[int, np.ndarray] = {}  # step -> probabilities, of this process's life
 
     def validate(state):
-        numbers, validated[int(state["step"])] = evaluate.evaluate(
-            predict,
-            chosen(state),
-            val_images,
-            config.eval.batch_size,
-            mesh,
-            config.model.metadata,
-        )
-        return numbers
+        raw = model.with_weights(state, 0).probabilities(val_images, val_codes, "Evaluating")
+        validated[int(state["step"])] = raw
+        return metrics.compute(Predictions.of(val_images, model.classes, raw))
 
     meta = {
         "config": configuration.to_dict(config),
-        "classes": list(CLASSES),
+        "classes": model.classes.to_json(),
         "records": records.fingerprint,
     }
     state = step.init_state(network, optimizer, config, mesh, weights)
@@ -251,12 +244,12 @@ def _train(
             state, _ = saved.restore(best, state, mesh)
     if best not in validated:  # a run taken up again after its best evaluation
         validate(state)
-    about = evaluate.settings(config, best, "ema" if use_ema else "raw")
-    about |= {"records": records.fingerprint}
-    judged = evaluate.judge_validation(workdir, config, about, val_images, validated[best])
-    trained = evaluate.Trained(workdir, config, network, chosen(state), about["weights"], best)
-    scores = evaluate.ood_scores(trained, data, val_images, mesh, may_fit=True)
-    return evaluate.report(workdir, "val", about, val_images, validated[best], judged, scores)
+    model = model.with_weights(state, best)
+    judged = Predictions.of(val_images, model.classes, validated[best])
+    calibrated, scores = evaluate.judge(model, data, val_images, judged, "val", keeps=True)
+    judged = Predictions.of(val_images, model.classes, validated[best], scores)
+    provenance = evaluate.provenance(model, val_images)
+    return evaluate.report(workdir, "val", provenance, judged, calibrated)
 
 
 def _pretrained(
@@ -274,8 +267,8 @@ def _pretrained(
 def _read_run(folder: Path) -> dict[str, np.ndarray]:
     """Returns the weights that a run was judged by, by path."""
     params, batch_stats, ema, meta, _ = checkpoints.load_for_inference(folder)
-    use_ema = ema and meta["config"]["eval"]["weights"] != "raw"
-    return pretrained.flatten(ema if use_ema else {"params": params, "batch_stats": batch_stats})
+    state = {"params": params, "batch_stats": batch_stats, "ema": ema}
+    return pretrained.flatten(judged_weights(state, meta["config"]["eval"]["weights"])[0])
 
 
 def _most_steps_per_call(config: ml_collections.ConfigDict, feed: str) -> int:

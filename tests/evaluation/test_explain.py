@@ -13,9 +13,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import ndimage, stats
 
-from ham_jax import CLASSES, config, escape, models, parallel
+from ham_jax import config, escape, model, models, parallel
+from ham_jax.classes import Classes
 from ham_jax.config import InputError
-from ham_jax.evaluation import explain, metrics
+from ham_jax.evaluation import explain, predictions
+from ham_jax.evaluation.predictions import Predictions
 from ham_jax.models import resnet
 from ham_jax.models.pool import Pool
 from ham_jax.training import loop
@@ -64,12 +66,13 @@ def test_choice_is_by_confidence_and_entropy_one_image_a_lesion():
         ]
     )
     lesions = ["a", "a", "b", "c", "d", "e"]
-    assert explain.choose(np.zeros(6, int), probabilities, lesions, 2) == {
+    judged = Predictions(Classes(("a", "b", "c")), np.zeros(6, int), probabilities, lesions)
+    assert explain.choose(judged, 2) == {
         "confident_right": [0, 4],
         "confident_wrong": [3, 2],
         "uncertain": [4, 5],
     }
-    assert explain.choose(np.zeros(2, int), probabilities[:2], lesions[:2])["confident_wrong"] == []
+    assert explain.choose(judged.take(np.arange(2)))["confident_wrong"] == []
 
 
 @pytest.mark.usefixtures("patches")
@@ -84,7 +87,7 @@ def test_with_a_linear_head_it_is_the_class_activation_map():
     places = normal.reshape(5, 4, 4, 6, 4, 3).mean((2, 4))
     np.testing.assert_allclose(last, places, atol=1e-5)
     cam = np.einsum("bhwk,kb->bhw", places, np.asarray(params["head"]["kernel"])[:, classes])
-    heat = explain.grad_cam(last, gradient)
+    heat = model.grad_cam(last, gradient)
     np.testing.assert_allclose(heat, np.maximum(cam, 0) / 24, atol=1e-6)
     assert (cam < 0).any()
     assert (cam > 0).any()
@@ -115,7 +118,7 @@ def red_spots():
 
     pooled = last_and_gradient(params)[0].mean((1, 2))
     params["head"]["kernel"][:, 0] = pooled[:4].mean(0) - pooled[4]
-    return net, params, lambda params: explain.grad_cam(*last_and_gradient(params))[:4], where
+    return net, params, lambda params: model.grad_cam(*last_and_gradient(params))[:4], where
 
 
 def test_a_spot_that_moves_moves_the_map(red_spots):
@@ -209,14 +212,14 @@ def test_panels_of_a_run(trained):
     manifest = explain.run(trained, "val", [], mesh)
     folder = trained / "explanations"
     assert json.loads((folder / "manifest.json").read_text()) == manifest
-    ids, lesions, labels, probabilities = metrics.read_predictions(trained / "predictions.csv")
-    chosen = explain.choose(labels, probabilities, lesions)
+    judged = predictions.read(trained / "predictions.csv")
+    ids, chosen = judged.image_ids.tolist(), explain.choose(judged)
     shown = {name: [image["image_id"] for image in of] for name, of in manifest["panels"].items()}
     assert shown == {f"{kind}.png": [ids[row] for row in rows] for kind, rows in chosen.items()}
     for image in manifest["panels"]["confident_wrong.png"]:
         row = ids.index(image["image_id"])
-        assert image["truth"] == CLASSES[labels[row]] != image["prediction"]
-        assert image["probability"] == probabilities[row].max()
+        assert image["truth"] == judged.truth[row] != image["prediction"]
+        assert image["probability"] == judged.probabilities[row].max()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert set(before) == {*shown, "manifest.json"}
     assert all(content.startswith(b"\x89PNG") for name, content in before.items() if name in shown)

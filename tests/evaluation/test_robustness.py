@@ -7,7 +7,7 @@ import pytest
 
 from ham_jax import config, models
 from ham_jax.config import InputError
-from ham_jax.evaluation import corruptions, evaluate, metrics, robustness
+from ham_jax.evaluation import bootstrap, corruptions, evaluate, metrics, predictions, robustness
 from ham_jax.training import loop
 
 
@@ -74,8 +74,8 @@ def test_the_table_of_a_run(trained, mesh, tmp_path, capsys):
     assert (found["tta"] == 1).all(), "although the run was evaluated with two views"
 
     clean = evaluate.run([trained], "val", [("eval.tta", "1")], mesh, tmp_path)
-    _, lesion_ids, labels, probabilities = metrics.read_predictions(tmp_path / "predictions.csv")
-    low, high = metrics.interval(labels, probabilities, np.array(lesion_ids))
+    judged = predictions.read(tmp_path / "predictions.csv")
+    low, high = bootstrap.balanced_accuracy_interval(judged)
     expected = [clean["balanced_accuracy"], low, high, clean["accuracy"], clean["macro_auc"]]
     columns = ["balanced_accuracy", "low", "high", "accuracy", "macro_auc"]
     assert found.loc[0, columns].tolist() == expected
@@ -100,10 +100,9 @@ def test_fewer_images_more_views_and_an_ensemble(trained, mesh, tmp_path):
     assert found["n"].between(30, 40).all()
     # The mean of equal members is each of them.
     evaluate.run([trained], "val", [], mesh, tmp_path)  # with two views
-    _, lesion_ids, labels, probabilities = metrics.read_predictions(tmp_path / "predictions.csv")
-    table = pd.DataFrame({"lesion_id": lesion_ids, "label": labels})
-    chosen = robustness.choose(table, 30)
-    expected = metrics.compute(labels[chosen], probabilities[chosen])
+    judged = predictions.read(tmp_path / "predictions.csv")
+    table = pd.DataFrame({"lesion_id": judged.lesion_ids, "label": judged.labels})
+    expected = metrics.compute(judged.take(robustness.choose(table, 30)))
     for name in ("balanced_accuracy", "accuracy", "macro_auc"):
         assert found.loc[0, name] == pytest.approx(expected[name], rel=1e-12)
 

@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ham_jax import CLASSES, checkpoints, config, models
+from ham_jax import checkpoints, config, models
+from ham_jax import model as models_that_answer
+from ham_jax.classes import HAM10000
+from ham_jax.commands import predict
 from ham_jax.config import InputError
 from ham_jax.data import prepare as preparation
 from ham_jax.data import synthetic
-from ham_jax.evaluation import bootstrap, calibration, evaluate, isic, judgement, metrics
-from ham_jax.inference import predict
+from ham_jax.evaluation import bootstrap, calibration, evaluate, isic, metrics, predictions
+from ham_jax.inference import calibrator
 from ham_jax.training import crossval, loop
 
 
@@ -135,13 +138,15 @@ def ood_scores(path):
 
 
 def test_each_image_is_judged_once_by_a_network_that_never_saw_its_lesion(folds, tiny_raw):
-    ids, _, labels, probabilities = metrics.read_predictions(folds / "predictions.csv")
+    whole = predictions.read(folds / "predictions.csv")
+    ids, probabilities = whole.image_ids, whole.probabilities
     assert sorted(ids) == sorted(path.stem for path in tiny_raw.rglob("*.jpg"))
     joined = dict(zip(ids, probabilities.tolist(), strict=True))
     scores = dict(zip(ids, ood_scores(folds / "predictions.csv"), strict=True))
     for fold in (folds / "fold0", folds / "fold1"):
-        in_fold, lesions, _, answers = metrics.read_predictions(fold / "predictions.csv")
-        assert answers.tolist() == [joined[image_id] for image_id in in_fold]
+        judged = predictions.read(fold / "predictions.csv")
+        in_fold, lesions = judged.image_ids, judged.lesion_ids
+        assert judged.probabilities.tolist() == [joined[image_id] for image_id in in_fold]
         of_fold = ood_scores(fold / "predictions.csv")
         assert of_fold.tolist() == [scores[image_id] for image_id in in_fold]
         assert (of_fold > 1).mean() <= 0.05
@@ -150,27 +155,27 @@ def test_each_image_is_judged_once_by_a_network_that_never_saw_its_lesion(folds,
         assert len(in_fold) + len(trained_on) == len(ids)
         assert not set(lesions) & set(trained_on["lesion_id"])
 
-        assert (fold / judgement.FILE).exists()
+        assert (fold / calibrator.FILE).exists()
 
     records = preparation.prepare(of_fold).records.table.set_index("image_id")
-    table = metrics.read_table(folds / "predictions.csv").set_index("image_id")
-    known = list(metrics.KNOWN)
-    assert (table["dx_type"] != "").all()
-    assert table[known].equals(records.loc[table.index, known])
+    known = list(predictions.METADATA)
+    assert (whole.metadata["dx_type"] != "").all()
+    assert whole.metadata[known].equals(records.loc[ids, known].reset_index(drop=True))
 
     written = json.loads((folds / "metrics.json").read_text())
     after = np.empty((len(ids), 7))  # each fold by itself, without the lesion at hand
     for fold in (folds / "fold0", folds / "fold1"):
-        in_fold, lesions, truth, answers = metrics.read_predictions(fold / "predictions.csv")
-        judged = judgement.cross_fit(truth, answers, np.array(lesions), "temperature")
-        after[[ids.index(image_id) for image_id in in_fold]] = judged.probabilities
-    assert written["calibration"]["temperature"] == calibration.measure(labels, after)
+        judged = predictions.read(fold / "predictions.csv")
+        decided = calibration.cross_fit(judged, "temperature")
+        after[np.isin(ids, judged.image_ids)] = decided.probabilities  # both by image_id
+    expected = calibration.measure_method(whole.with_probabilities(after))
+    assert written["calibration"]["temperature"] == expected
     assert written["calibration"]["cross_fitted"]
-    recomputed = metrics.compute(labels, probabilities)
+    recomputed = metrics.compute(whole)
     assert {key: written[key] for key in recomputed} == recomputed
     low, high = written["balanced_accuracy_interval"]
     assert low < written["balanced_accuracy"] < high
-    again = bootstrap.intervals(labels, probabilities, table["lesion_id"])
+    again = bootstrap.intervals(whole)
     assert written["intervals"] == again
     assert written["balanced_accuracy_interval"] == again["balanced_accuracy"]
     assert written["num_folds"] == len(written["folds"]) == 2
@@ -208,26 +213,30 @@ def test_folds_do_not_start_from_a_run_that_trained_on_them(
     other, tiny_raw, prepared, mesh, tmp_path
 ):
     c = tiny(tiny_raw, prepared, **{"model.pretrained": str(other)})
-    with pytest.raises(InputError, match="too good to be true"):
+    with pytest.raises(InputError, match="inflated by leakage"):
         crossval.train(c, tmp_path / "folds", mesh, StopAfter())
 
 
-def test_predictions_that_lack_an_image_or_have_one_twice_are_not_joined(folds):
+def test_predictions_that_lack_an_image_or_have_one_twice_are_not_joined(folds, tiny_raw, prepared):
     files = [folds / f"fold{fold}" / "predictions.csv" for fold in (0, 1)]
-    ids, *_ = metrics.read_predictions(folds / "predictions.csv")
+    records = preparation.prepare(tiny(tiny_raw, prepared)).records
     for wrong in (files[:1], [*files, files[0]], [files[0], files[0]]):
         with pytest.raises(InputError, match="images once"):
-            crossval._joined(wrong, ids, "none")
+            crossval._joined(wrong, records, "none")
 
 
 def test_an_ensemble_is_the_mean_of_its_members(folds, other, tiny_raw, mesh, tmp_path):
     members = [folds / "fold0", other]
     alone = [evaluate.run([m], "val", [], mesh, tmp_path / m.name) for m in members]
     both = evaluate.run(members, "val", [], mesh, tmp_path / "both")
-    read = [metrics.read_predictions(tmp_path / n / "predictions.csv") for n in ("fold0", "other")]
-    ids, _, _, probabilities = metrics.read_predictions(tmp_path / "both" / "predictions.csv")
-    assert not np.allclose(read[0][3], read[1][3])
-    np.testing.assert_array_equal(probabilities, (read[0][3] + read[1][3]) / 2)
+    raw = [
+        predictions.read(tmp_path / name / "predictions.csv").probabilities
+        for name in ("fold0", "other")
+    ]
+    judged = predictions.read(tmp_path / "both" / "predictions.csv")
+    ids, probabilities = judged.image_ids, judged.probabilities
+    assert not np.allclose(*raw)
+    np.testing.assert_array_equal(probabilities, (raw[0] + raw[1]) / 2)
     assert [m["balanced_accuracy"] for m in both["members"]] == [
         a["balanced_accuracy"] for a in alone
     ]
@@ -246,8 +255,8 @@ def test_an_ensemble_is_the_mean_of_its_members(folds, other, tiny_raw, mesh, tm
     listed.write_text("path\n" + "\n".join(str(p) for p in [broken, *(paths[i] for i in ids)]))
     output = tmp_path / "answers.csv"
     calibrated = [
-        judgement.apply(judgement.read(m)[0], "temperature", raw).probabilities
-        for m, (_, _, _, raw) in zip(members, read, strict=True)
+        calibrator.read(m, HAM10000).apply("temperature", of_member).probabilities
+        for m, of_member in zip(members, raw, strict=True)
     ]
     for method, expected in (("none", probabilities), ("temperature", np.mean(calibrated, axis=0))):
         choice = [("eval.calibration", method)]
@@ -256,7 +265,7 @@ def test_an_ensemble_is_the_mean_of_its_members(folds, other, tiny_raw, mesh, tm
             first, *rows = csv.DictReader(file)
         assert first["error"]
         np.testing.assert_array_equal(
-            [[float(row[dx]) for dx in CLASSES] for row in rows], expected
+            [[float(row[dx]) for dx in HAM10000] for row in rows], expected
         )
     np.testing.assert_allclose(ood_scores(output)[1:], together, rtol=1e-9)
     assert [row["ood"] == "yes" for row in rows] == (together > 1).tolist()
@@ -268,8 +277,8 @@ def test_a_run_without_calibration_answers_and_eval_makes_one(
     trained = folds / "fold0"
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    written = (run / judgement.FILE).read_text()
-    (run / judgement.FILE).unlink()
+    written = (run / calibrator.FILE).read_text()
+    (run / calibrator.FILE).unlink()
     images = str(next(tiny_raw.rglob("*.jpg")))
     output = tmp_path / "answers.csv"
 
@@ -296,23 +305,23 @@ def test_a_run_without_calibration_answers_and_eval_makes_one(
     assert "calibration" not in numbers
     assert "has no calibration.json" in capsys.readouterr().err
     evaluate.run([run], "val", [], mesh, tmp_path / "elsewhere")
-    assert not (run / judgement.FILE).exists()
+    assert not (run / calibrator.FILE).exists()
     numbers = evaluate.run([run], "val", [], mesh)
-    assert (run / judgement.FILE).read_text() == written
+    assert (run / calibrator.FILE).read_text() == written
     assert ask([run]) == (calibrated, "")
     assert numbers["calibration"]["cross_fitted"]
     assert json.loads((run / "metrics.json").read_text()) == numbers
     assert json.loads((trained / "metrics.json").read_text()) == numbers
     fixed = evaluate.run([run], "train", [], mesh)["calibration"]
     assert not fixed["cross_fitted"]
-    assert (run / judgement.FILE).read_text() == written, "fitted on validation only"
+    assert (run / calibrator.FILE).read_text() == written, "fitted on validation only"
 
     capsys.readouterr()
     _, lines = ask([run], ("eval.tta", "2"))
     assert "eval.tta = 2 (calibrated with 1)" in lines
     _, lines = ask([run, trained])
     assert "mean of 2 runs' thresholds" in lines
-    (run / judgement.FILE).write_text(written[:100])
+    (run / calibrator.FILE).write_text(written[:100])
     with pytest.raises(InputError, match="is damaged"):
         ask([run])
 
@@ -321,13 +330,13 @@ def test_each_photograph_is_decoded_once_a_canvas(
     folds, other, tiny_raw, mesh, tmp_path, monkeypatch
 ):
     canvases = []
-    load_many = predict.image_files.load_many
+    load_many = models_that_answer.image_files.load_many
 
     def counted(paths, canvas, num_workers):
         canvases.append(canvas)
         return load_many(paths, canvas, num_workers)
 
-    monkeypatch.setattr(predict.image_files, "load_many", counted)
+    monkeypatch.setattr(models_that_answer.image_files, "load_many", counted)
     image = str(next(tiny_raw.rglob("*.jpg")))
     output = tmp_path / "answers.csv"
     assert checkpoints.runs(folds) == [folds / "fold0", folds / "fold1"]
@@ -350,5 +359,5 @@ def test_members_of_other_folds_are_averaged_on_the_test_only(
     numbers = evaluate.run([folds], "test", test, mesh, tmp_path / "both")
     assert numbers["num_images"] == len(list(tiny_test.rglob("*.jpg")))
     assert len(numbers["members"]) == 2
-    ids, _, labels, probabilities = metrics.read_predictions(tmp_path / "both/predictions.csv")
-    assert numbers["isic2018"] == isic.score(ids, labels, probabilities)
+    judged = predictions.read(tmp_path / "both/predictions.csv")
+    assert numbers["isic2018"] == isic.score(judged)

@@ -13,7 +13,7 @@ import pytest
 from ham_jax import checkpoints, config, models
 from ham_jax.config import InputError
 from ham_jax.data import metadata
-from ham_jax.evaluation import evaluate, metrics
+from ham_jax.evaluation import evaluate, metrics, predictions
 from ham_jax.training import crossval, loop, losses, optim, step, telemetry
 
 
@@ -232,9 +232,9 @@ def test_eval_rebuilds_the_run_from_its_folder_to_the_last_digit(tiny, one_devic
     again = evaluate.run([tmp_path], "val", [], one_device)
     assert again == written == json.loads((tmp_path / "metrics.json").read_text())
 
-    ids, _, labels, probabilities = metrics.read_predictions(tmp_path / "predictions.csv")
-    assert len(set(ids)) == len(ids) == written["num_images"]
-    recomputed = metrics.compute(labels, probabilities)
+    judged = predictions.read(tmp_path / "predictions.csv")
+    assert len(set(judged.image_ids)) == len(judged) == written["num_images"]
+    recomputed = metrics.compute(judged)
     assert recomputed["balanced_accuracy"] == written["balanced_accuracy"]
     assert recomputed["confusion_matrix"] == written["confusion_matrix"]
 
@@ -323,7 +323,7 @@ def test_a_run_that_trained_on_what_validates_lends_no_weights(tiny, one_device,
     loop.train(tiny, first, one_device, StopAfter())
     tiny.model.pretrained = str(first)
     tiny.data.fold = 1
-    with pytest.raises(InputError, match=r"too good to be true.*split\.csv"):
+    with pytest.raises(InputError, match=r"inflated by leakage.*split\.csv"):
         loop.train(tiny, second, one_device, StopAfter())
     split = pd.read_csv(first / "split.csv")
     num_val = len(pd.read_csv(first / "predictions.csv"))
@@ -341,7 +341,7 @@ def test_a_run_that_trained_on_what_validates_lends_no_weights(tiny, one_device,
     mixed = split.assign(split=split["split"].mask(tested, "test"))
     mixed.to_csv(tmp_path / "mixed.csv", index=False)
     tiny.data.split_csv = str(tmp_path / "mixed.csv")
-    with pytest.raises(InputError, match="too good to be true"):
+    with pytest.raises(InputError, match="inflated by leakage"):
         loop.train(tiny, tmp_path / "third", one_device, StopAfter())
 
 
@@ -359,7 +359,7 @@ def test_a_split_that_changed_meanwhile_is_refused(tiny, one_device, tmp_path):
     split.assign(split=swapped).to_csv(given, index=False)
     with pytest.raises(InputError, match=f"{len(split)} images in another split"):
         loop.train(tiny, run, one_device, StopAfter())
-    with pytest.raises(InputError, match="too good to be true"):
+    with pytest.raises(InputError, match="inflated by leakage"):
         evaluate.run([run], "val", [], one_device)
     assert kept == [(run / name).read_bytes() for name in ("split.csv", "calibration.json")]
 

@@ -10,12 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from ham_jax import CLASSES, DISCLAIMER, config, escape, parallel
+from ham_jax import DISCLAIMER, config, escape, parallel
+from ham_jax.classes import HAM10000
+from ham_jax.commands import predict
 from ham_jax.config import InputError
 from ham_jax.data import ham10000
 from ham_jax.data import image as image_files
-from ham_jax.evaluation import calibration, decision, evaluate, judgement, metrics
-from ham_jax.inference import predict
+from ham_jax.evaluation import calibration, evaluate, predictions
+from ham_jax.inference import calibrator
 from ham_jax.training import loop
 
 
@@ -57,11 +59,12 @@ def answers(path):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("method", calibration.METHODS)
-def test_a_file_gets_the_judgement_of_its_record(trained, tiny_raw, tmp_path, method):
+@pytest.mark.parametrize("method", calibrator.METHODS)
+def test_a_file_gets_the_answer_of_its_record(trained, tiny_raw, tmp_path, method):
     """Decoded from the file, or read from the record: the same bits, whatever the method."""
-    ids, _, _, raw = metrics.read_predictions(trained / "predictions.csv")
-    judged = judgement.apply(judgement.read(trained)[0], method, raw)
+    judged = predictions.read(trained / "predictions.csv")
+    ids, raw = judged.image_ids, judged.probabilities
+    decided = calibrator.read(trained, HAM10000).apply(method, raw)
     listed = tmp_path / "list.csv"
     files = {p.stem: p for p in tiny_raw.rglob("*.jpg")}
     listed.write_text("path\n" + "\n".join(str(files[i]) for i in ids))
@@ -69,39 +72,41 @@ def test_a_file_gets_the_judgement_of_its_record(trained, tiny_raw, tmp_path, me
     choice = [("eval.calibration", method)]
     assert predict.run([trained], str(listed), output, choice, parallel.mesh()) == len(ids)
     rows = answers(output)
-    probabilities = np.array([[float(row[dx]) for dx in CLASSES] for row in rows])
-    np.testing.assert_array_equal(probabilities, judged.probabilities)
+    probabilities = np.array([[float(row[dx]) for dx in HAM10000] for row in rows])
+    np.testing.assert_array_equal(probabilities, decided.probabilities)
     assert (probabilities == raw).all() == (method == "none")
-    assert [row["prediction"] for row in rows] == [CLASSES[k] for k in probabilities.argmax(1)]
+    assert [row["prediction"] for row in rows] == [
+        HAM10000.names[k] for k in probabilities.argmax(1)
+    ]
 
-    score = decision.malignancy(probabilities)
+    score = probabilities[:, 0] + probabilities[:, 1] + probabilities[:, 4]  # akiec, bcc, mel
     assert [float(row["malignant"]) for row in rows] == score.tolist()
-    flags = np.where(score >= judged.thresholds["malignant"], "yes", "no").tolist()
+    flags = np.where(score >= decided.thresholds["malignant"], "yes", "no").tolist()
     assert [row["malignant_flag"] for row in rows] == flags
-    inside = decision.sets(probabilities, judged.thresholds, "class_conditional")[:, 0]
+    inside = decided.sets("class_conditional")
     for row, members in zip(rows, inside, strict=True):
         named = [] if row["prediction_set"] == "empty" else row["prediction_set"].split(" ")
-        assert named == [dx for dx, member in zip(CLASSES, members, strict=True) if member]
+        assert named == [dx for dx, member in zip(HAM10000, members, strict=True) if member]
     assert list(rows[0])[-2:] == ["error", "note"]
     assert {row["note"] for row in rows} == {DISCLAIMER}
 
 
 def test_what_eval_says_of_validation_follows_from_its_predictions(trained):
-    ids, lesions, labels, raw = metrics.read_predictions(trained / "predictions.csv")
-    judged = judgement.cross_fit(labels, raw, np.array(lesions), "temperature")
-    found = judgement.measure(labels, np.array(lesions), judged, True)
+    judged = predictions.read(trained / "predictions.csv")
+    decided = calibration.decide(judged, "val", "temperature")
+    found = calibration.measure(judged, decided, True)
     written = json.loads((trained / "metrics.json").read_text())
     assert {key: written[key] for key in found} == found
     raw_error = written["calibration"]["none"]["expected_calibration_error"]
     assert raw_error == written["expected_calibration_error"]
-    _, fitted_on = judgement.read(trained)
+    fitted_on = calibrator.read(trained, HAM10000).fitted_on
     about = {key: written[key] for key in ("step", "tta", "crop_scale", "weights", "records")}
-    counts = {"num_images": len(ids), "num_lesions": len(set(lesions))}
+    counts = {"num_images": len(judged), "num_lesions": judged.num_lesions}
     assert fitted_on == {"split": "val", **about, **counts}
 
 
 def test_a_picture_that_is_no_lesion_is_marked(trained, tiny_raw, tmp_path, capsys):
-    ids, *_ = metrics.read_predictions(trained / "predictions.csv")
+    ids = predictions.read(trained / "predictions.csv").image_ids
     lesions = [p for p in sorted(tiny_raw.rglob("*.jpg")) if p.stem in ids]
     noise = np.random.default_rng(0).integers(0, 256, (4, 24, 32, 3), np.uint8)
     blank = np.stack([np.full((24, 32, 3), color) for color in (0, 255, (0, 0, 255))])
@@ -151,8 +156,8 @@ def test_without_its_model_nothing_is_marked_until_validation_makes_it_anew(
     assert (score, mark, len(said)) == ("", "", 1)
     assert marks(("eval.ood", "False")) == ("", "", [])
     evaluate.run([workdir], "val", [], parallel.mesh())
-    predictions = [folder / "predictions.csv" for folder in (workdir, trained)]
-    assert predictions[0].read_bytes() == predictions[1].read_bytes()
+    written = [folder / "predictions.csv" for folder in (workdir, trained)]
+    assert written[0].read_bytes() == written[1].read_bytes()
     score, mark, said = marks()
     assert float(score) > 0
     assert (mark, said) == ("yes" if float(score) > 1 else "no", [])
@@ -181,7 +186,8 @@ def test_broken_files_get_a_row_and_the_rest_go_on(trained, tiny_raw, tmp_path, 
 def test_metadata_count_where_the_network_takes_them_and_only_there(
     trained, trained_with_metadata, tiny_raw, tiny_records, tmp_path, capsys
 ):
-    ids, _, _, evaluated = metrics.read_predictions(trained_with_metadata / "predictions.csv")
+    judged = predictions.read(trained_with_metadata / "predictions.csv")
+    ids, evaluated = judged.image_ids, judged.probabilities
     files = {p.stem: p for p in tiny_raw.rglob("*.jpg")}
     about = ham10000.open_records(tiny_records).table.set_index("image_id").loc[ids]
     about = about[["age", "sex", "localization"]].assign(path=[files[i] for i in ids])
@@ -191,7 +197,7 @@ def test_metadata_count_where_the_network_takes_them_and_only_there(
         output = tmp_path / "answers.csv"
         raw = [("eval.calibration", "none")]
         predict.run([workdir], str(tmp_path / "list.csv"), output, raw, parallel.mesh())
-        return np.array([[float(row[dx]) for dx in CLASSES] for row in answers(output)])
+        return np.array([[float(row[dx]) for dx in HAM10000] for row in answers(output)])
 
     np.testing.assert_array_equal(probabilities(trained_with_metadata, about), evaluated)
     assert "come without" not in capsys.readouterr().err
@@ -215,8 +221,8 @@ def test_metadata_count_where_the_network_takes_them_and_only_there(
         probabilities(trained, about), probabilities(trained, about[["path"]])
     )
     evaluate.run([trained_with_metadata], "val", [], parallel.mesh(), tmp_path)
-    again = metrics.read_predictions(tmp_path / "predictions.csv")
-    np.testing.assert_array_equal(again[3], evaluated)
+    again = predictions.read(tmp_path / "predictions.csv")
+    np.testing.assert_array_equal(again.probabilities, evaluated)
 
 
 def test_every_name_and_every_file_left_out_is_in_the_answers(trained, tiny_raw, tmp_path, capsys):

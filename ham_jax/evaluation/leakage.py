@@ -10,7 +10,7 @@ from ham_jax.config import InputError
 from ham_jax.data import splits
 
 
-def refuse_seen(source: str, judged: pd.DataFrame, key: str) -> None:
+def refuse_trained_on(source: str, judged: pd.DataFrame, key: str) -> None:
     """Checks that no run behind the weights trained on what they are to be judged by.
 
     A run may have started from another's weights, and so on: each is asked.
@@ -36,9 +36,9 @@ def refuse_seen(source: str, judged: pd.DataFrame, key: str) -> None:
         if file.exists() and (num_seen := splits.trained_on(file, judged).sum()):
             raise InputError(
                 f"{key} = {source!r}{by_way_of} was trained on lesions of {num_seen} of the"
-                f" {len(judged)} images to be judged: results would be too good to be true. {file}"
-                " says who was in which split: keep to it (in training data.split_csv reads it), or"
-                " take other weights."
+                f" {len(judged)} images to be judged: results would be inflated by leakage. {file}"
+                " lists its splits: keep to it (in training data.split_csv reads it), or take other"
+                " weights."
             )
         at = checkpoints.read_run_config(folder).model.pretrained if run.exists() else None
     if at and at != source and ":" not in at and not Path(at).exists():
@@ -48,7 +48,7 @@ def refuse_seen(source: str, judged: pd.DataFrame, key: str) -> None:
 def _warn_of_unknown(source: str, key: str, why: str) -> None:
     logging.warning(
         "%s = %r does not say which lesions it trained on (%s): if any is judged here, the results"
-        " are too good to be true.",
+        " are inflated by leakage.",
         key,
         source,
         why,

@@ -6,7 +6,7 @@ import pytest
 from ham_jax import config as configuration
 from ham_jax import files
 from ham_jax.config import InputError
-from ham_jax.evaluation import lineage
+from ham_jax.evaluation import leakage
 
 SPLIT = pd.DataFrame(
     {
@@ -34,7 +34,7 @@ def run(tmp_path):
 
 
 def refuse(folder, judged):
-    lineage.refuse_seen(str(folder), judged, "--workdir")
+    leakage.refuse_trained_on(str(folder), judged, "--workdir")
 
 
 def test_other_images_of_a_lesion_count_and_what_did_not_train_passes(run, caplog):

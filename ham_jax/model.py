@@ -1,0 +1,551 @@
+"""What answers: a network with its weights, preprocessing, classes, calibration and thresholds.
+
+`load` makes a `Model` of a run's folder, or an `Ensemble` of several. In a job of several processes
+all of them must ask together.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pandas as pd
+
+from ham_jax import checkpoints, console, models, parallel
+from ham_jax import config as configuration
+from ham_jax.classes import Classes
+from ham_jax.config import InputError
+from ham_jax.data import feed, metadata, preprocess
+from ham_jax.data import image as image_files
+from ham_jax.inference import calibrator, decision, detector
+from ham_jax.inference.calibrator import Calibrator
+from ham_jax.inference.decision import Calibrated
+from ham_jax.inference.detector import Detector
+
+Variables = Mapping[str, Any]
+"""{'params', 'batch_stats'} as nested dicts."""
+
+
+class Explanation(NamedTuple):
+    """Where a network looked, of n images.
+
+    Attributes:
+      view: what it saw, float32 [n, s, s, 3] in [0, 1].
+      heat: the Grad-CAM scaled to it, float32 [n, s, s]; 1 at its own maximum, 0 where nothing
+        speaks for the class.
+    """
+
+    view: np.ndarray
+    heat: np.ndarray
+
+
+class Forward:
+    """The compiled ways from canvas pixels, uint8 [B, H, W, 3], to what a network says.
+
+    Weights are arguments, for training evaluates changing ones. Results are on every process.
+
+    Args:
+      network: the model's pure functions.
+      config: the whole configuration.
+      mesh: the devices, axis `data`.
+    """
+
+    def __init__(
+        self, network: models.Network, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+    ):
+        self.network, self.mesh = network, mesh
+        self._num_views = config.eval.tta
+        self._view = functools.partial(
+            preprocess.eval_view,
+            crop_px=config.augment.crop_px,
+            crop_scale=config.eval.crop_scale,
+            gray_norm=config.augment.shades_of_gray,
+        )
+        jit = functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
+        self._probabilities = jit(self._one_view)
+        self.features = jit(self._features)
+        self.explain = jit(self._explain)
+
+    def probabilities(
+        self, variables: Variables, image: jax.Array, metadata: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns float32 [B, C]; `metadata` is float32 [B, M], for a network that takes it.
+
+        With `eval.tta = n` it is the mean over the first n views of the dihedral group: 2 adds the
+        mirror image, 4 all flips, 8 the quarter turns too.
+        """
+        # One program for all views: eight unrolled copies would compile eight times as long.
+        views = [
+            self._probabilities(variables, image, jnp.int32(k), metadata)
+            for k in range(self._num_views)
+        ]
+        return sum(views[1:], views[0]) / len(views)
+
+    def _one_view(self, variables, image, k, metadata):
+        view = preprocess.dihedral(self._view(image), k)
+        logits, _ = self.network.apply(
+            variables["params"], variables["batch_stats"], view, train=False, metadata=metadata
+        )
+        return jax.nn.softmax(logits)
+
+    def _features(self, variables, image):
+        """Of the upright view alone, float32 [B, F]."""
+        return self.network.features(
+            variables["params"], variables["batch_stats"], self._view(image)
+        )
+
+    def _explain(self, variables, image, labels, metadata=None):
+        """Of the upright view alone, see `Explanation`; `labels` is int32 [B]."""
+        view = self._view(image)
+        last, gradient = self.network.class_maps(
+            variables["params"], variables["batch_stats"], view, labels, metadata
+        )
+        heat = jax.image.resize(grad_cam(last, gradient), view.shape[:3], "bilinear")
+        return view, heat / jnp.maximum(heat.max((1, 2), keepdims=True), 1e-12)
+
+
+def grad_cam(last: jax.Array, gradient: jax.Array) -> jax.Array:
+    """Returns how much each place of a map speaks for a class, [B, h, w], 0 where not at all.
+
+    Selvaraju et al., Grad-CAM, ICCV 2017: a channel weighs what the logit's derivative is on
+    average over all places (eq. 1), and the positive part of the weighted sum is shown (eq. 2).
+
+    Args:
+      last: the map, [B, h, w, K].
+      gradient: of the class's logit with respect to it, [B, h, w, K].
+    """
+    weights = gradient.mean((1, 2))
+    return jax.nn.relu(jnp.einsum("bhwk,bk->bhw", last, weights))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answers:
+    """What is said of n photographs.
+
+    Attributes:
+      classes: C of them.
+      probabilities: float64 [n, C], calibrated where there is a calibration; nan of an unreadable
+        photograph.
+      calibrated: with the thresholds of flag and sets, of the readable photographs in their order;
+        None where a run has no calibration.
+      ood_scores: float64 [n], see `Detector.score`; None where no run has such a model.
+      errors: {number of a photograph: why it could not be read}.
+    """
+
+    classes: Classes
+    probabilities: np.ndarray
+    calibrated: Calibrated | None
+    ood_scores: np.ndarray | None
+    errors: Mapping[int, str]
+
+    @property
+    def read(self) -> np.ndarray:
+        """The numbers of the photographs that could be read, int."""
+        return np.setdiff1d(np.arange(len(self.probabilities)), list(self.errors))
+
+    @property
+    def unlike(self) -> np.ndarray:
+        """Whether each photograph is known to be unlike those of training, bool [n]."""
+        if self.ood_scores is None:
+            return np.zeros(len(self.probabilities), bool)
+        return self.ood_scores > 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A trained network and all that its answers need.
+
+    Attributes:
+      name: the folder it comes from.
+      classes: what it was trained to tell apart.
+      config: of the run, with the keys that were set anew.
+      forward: its compiled functions.
+      variables: the weights that answer, on the mesh.
+      provenance: step, tta, crop_scale and weights ('raw' or 'ema'), as metrics.json and
+        calibration.json say them.
+      calibrator: of its probabilities, or None.
+      detector: of photographs unlike those of training, or None.
+    """
+
+    name: str
+    classes: Classes
+    config: ml_collections.ConfigDict
+    forward: Forward
+    variables: Variables
+    provenance: Mapping[str, Any]
+    calibrator: Calibrator | None = None
+    detector: Detector | None = None
+
+    @classmethod
+    def of(
+        cls,
+        workdir: Path,
+        config: ml_collections.ConfigDict,
+        classes: Classes,
+        mesh: jax.sharding.Mesh,
+    ) -> "Model":
+        """Returns the network of a configuration, without weights and decisions."""
+        network = models.build(
+            config.model, len(classes), metadata.NUM_METADATA if config.model.metadata else 0
+        )
+        provenance = {"tta": config.eval.tta, "crop_scale": config.eval.crop_scale}
+        return cls(str(workdir), classes, config, Forward(network, config, mesh), {}, provenance)
+
+    @property
+    def workdir(self) -> Path:
+        """The folder it comes from."""
+        return Path(self.name)
+
+    @property
+    def takes_metadata(self) -> bool:
+        """Whether it sees age, sex and site beside the photograph."""
+        return self.config.model.metadata
+
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """Height, width in pixels of the images that it takes."""
+        return tuple(self.config.data.canvas)
+
+    def replace(self, **fields) -> "Model":
+        """Returns it with other fields."""
+        return dataclasses.replace(self, **fields)
+
+    def with_weights(self, state: Mapping[str, Any], step: int) -> "Model":
+        """Returns it with the weights of a state that `eval.weights` asks for.
+
+        Args:
+          state: `params`, `batch_stats` and `ema`, which is empty where no average is kept.
+          step: of the state.
+        """
+        variables, weights = judged_weights(state, self.config.eval.weights)
+        settings = {"step": step, **self.provenance, "weights": weights}
+        return self.replace(variables=variables, provenance=settings)
+
+    def encode(self, table: pd.DataFrame) -> np.ndarray | None:
+        """Returns the codes of age, sex and site float32 [n, M]; None where it takes none."""
+        return metadata.encode(table) if self.takes_metadata else None
+
+    def probabilities(
+        self, images: feed.Images, metadata: np.ndarray | None = None, title: str | None = None
+    ) -> np.ndarray:
+        """Returns raw probabilities float64 [n, C]: evaluation cross-fits its own validation.
+
+        Args:
+          images: on the canvas, uint8 [n, H, W, 3].
+          metadata: `encode`d, float32 [n, M].
+          title: of a progress bar.
+        """
+        return normalised(
+            self.in_batches(self.forward.probabilities, images, {"metadata": metadata}, title)
+        )
+
+    def features(self, images: feed.Images, title: str | None = None) -> np.ndarray:
+        """Returns float32 [n, F] of images on the canvas, uint8 [n, H, W, 3]."""
+        return self.in_batches(self.forward.features, images, {}, title)
+
+    def explain(
+        self, images: np.ndarray, labels: np.ndarray, metadata: np.ndarray | None = None
+    ) -> Explanation:
+        """Returns where the network looked.
+
+        Args:
+          images: on the canvas, uint8 [n, H, W, 3].
+          labels: int [n], the class to speak for.
+          metadata: `encode`d, float32 [n, M].
+        """
+        beside = {"labels": labels.astype(np.int32), "metadata": metadata}
+        # A few images need not fill the batch of an evaluation.
+        num_devices = self.forward.mesh.devices.size
+        size = min(self.config.eval.batch_size, -(-len(images) // num_devices) * num_devices)
+        return Explanation(*self.in_batches(self.forward.explain, images, beside, batch_size=size))
+
+    def in_batches(
+        self,
+        function: Callable[..., Any],
+        images: feed.Images,
+        beside: Mapping[str, np.ndarray | None],
+        title: str | None = None,
+        batch_size: int | None = None,
+    ) -> Any:
+        """Returns function(variables, image=..., ...) of all images, as arrays [n, ...].
+
+        Args:
+          function: such as `forward.probabilities`.
+          images: on the canvas, uint8 [n, H, W, 3].
+          beside: what else it takes, by name: [n, ...] or None.
+          title: of a progress bar.
+          batch_size: images at once. Default: `eval.batch_size`.
+        """
+        mesh, parts, done = self.forward.mesh, [], 0
+        batch_size = batch_size or self.config.eval.batch_size
+        beside = {name: values for name, values in beside.items() if values is not None}
+        batches = feed.sequential(images, batch_size, mesh, beside)
+        with console.progress(title) as progress:
+            for batch, count in batches:
+                part = function(self.variables, **batch)
+                parts.append(jax.tree.map(lambda x, count=count: np.asarray(x)[:count], part))
+                done += count
+                progress(done, len(images))
+        return jax.tree.map(lambda *of_parts: np.concatenate(of_parts), *parts)
+
+    def predict(self, photographs: Sequence[Any], table: pd.DataFrame | None = None) -> Answers:
+        """Returns what is said of photographs: see `Ensemble.predict`."""
+        return Ensemble((self,)).predict(photographs, table)
+
+    def with_calibrator(self) -> "Model":
+        """Returns it with its folder's calibration.json; a line says where that is amiss.
+
+        Raises:
+          InputError: the file is damaged.
+        """
+        found, line = calibrator.read(self.workdir, self.classes), ""
+        if found is None:
+            line = (
+                f"{self.name} has no {calibrator.FILE}: its probabilities stay as the network gives"
+                f" them, without flag and sets. {calibrator.how_to_make(self.workdir)}"
+            )
+        elif differs := found.mismatch(self.provenance):
+            line = (
+                f"{self.name}/{calibrator.FILE} does not fit: {differs}. Fit it anew with the same"
+                f" keys and --mode=eval --split=val --workdir={self.name}."
+            )
+        if line and parallel.is_main():
+            console.log_line(line)
+        return self.replace(calibrator=found)
+
+    def with_detector(self, may_fit: bool = False) -> "Model":
+        """Returns it with its folder's ood.npz, where that was fitted for its weights.
+
+        Unless the caller may fit one anew, a line says why there is none.
+        """
+        if not self.config.eval.ood:
+            return self
+        path = self.workdir / detector.FILE
+        try:
+            found = detector.load(path)
+            why = "" if found else f"there is no {path}"
+        except ValueError as error:
+            found, why = None, f"{error}"
+        if found is not None:
+            asked = self.detector_provenance
+            differs = [key for key in asked if found.provenance.get(key) != asked[key]]
+            if differs:
+                found, why = None, f"{path} was fitted with another {', '.join(differs)}"
+        if why and not may_fit and parallel.is_main():
+            console.log_line(
+                f"Images unlike those of training are not marked: {why}. --mode=eval --split=val"
+                f" --workdir={self.name} makes it."
+            )
+        return self.replace(detector=found)
+
+    @property
+    def detector_provenance(self) -> dict[str, Any]:
+        """What features depend on and a command line can change."""
+        return {key: self.provenance[key] for key in ("step", "weights", "crop_scale")}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ensemble:
+    """Models whose probabilities are averaged; they may differ in all but their classes.
+
+    Attributes:
+      members: at least one.
+    """
+
+    members: tuple[Model, ...]
+
+    def __post_init__(self):
+        first = self.members[0]
+        for member in self.members[1:]:
+            if member.classes.names != first.classes.names:
+                raise InputError(
+                    f"--workdir: {first.name} was trained on classes {', '.join(first.classes)},"
+                    f" {member.name} on {', '.join(member.classes)}; only networks of the same"
+                    " classes can be averaged."
+                )
+
+    @property
+    def classes(self) -> Classes:
+        """Those of the members."""
+        return self.members[0].classes
+
+    @property
+    def takes_metadata(self) -> bool:
+        """Whether a member sees age, sex and site beside the photograph."""
+        return any(member.takes_metadata for member in self.members)
+
+    def with_decisions(self) -> "Ensemble":
+        """Returns it with the calibration and out-of-distribution models of the members' folders.
+
+        Raises:
+          InputError: a calibration is damaged.
+        """
+        members = [member.with_calibrator() for member in self.members]
+        if len(members) > 1 and all(m.calibrator for m in members) and parallel.is_main():
+            console.log_line(
+                f"Flag and sets go by the mean of {len(members)} runs' thresholds. Each run's were"
+                " fixed for its own probabilities; for their mean nothing was measured."
+            )
+        return Ensemble(tuple(member.with_detector() for member in members))
+
+    def predict(self, photographs: Sequence[Any], table: pd.DataFrame | None = None) -> Answers:
+        """Returns what is said of photographs: the mean over the members.
+
+        Each photograph is decoded once for each canvas among the members.
+
+        Args:
+          photographs: n of them: paths, or what else `image.load` takes.
+          table: a row a photograph with any of age (years), sex and localization, for members that
+            take them.
+        """
+        num, codes = len(photographs), None
+        if self.takes_metadata:
+            codes = metadata.encode(pd.DataFrame(index=range(num)) if table is None else table)
+        raw = np.full((len(self.members), num, len(self.classes)), np.nan)
+        scores = np.full(raw.shape[:2], np.nan)
+        errors: dict[int, str] = {}
+        canvases = [member.canvas for member in self.members]
+        for canvas in dict.fromkeys(canvases):
+            chosen = [place for place, other in enumerate(canvases) if other == canvas]
+            config = self.members[chosen[0]].config
+            for rows, images in _decoded(photographs, canvas, config, errors):
+                beside = None if codes is None else codes[rows]
+                for place in chosen:
+                    member = self.members[place]
+                    given = beside if member.takes_metadata else None
+                    raw[place, rows] = member.probabilities(images, given)
+                    if member.detector:
+                        scores[place, rows] = member.detector.score(member.features(images))
+        of_members = [s if m.detector else None for s, m in zip(scores, self.members, strict=True)]
+        return self._answers(raw, detector.joined(of_members), errors)
+
+    def _answers(
+        self, raw: np.ndarray, ood_scores: np.ndarray | None, errors: Mapping[int, str]
+    ) -> Answers:
+        """Returns the answers of raw probabilities float64 [members, n, C]."""
+        read = np.setdiff1d(np.arange(raw.shape[1]), list(errors))
+        calibrated = [
+            member.calibrator and member.calibrator.apply(member.config.eval.calibration, of_member)
+            for member, of_member in zip(self.members, raw[:, read], strict=True)
+        ]
+        together, probabilities = None, raw.mean(0)
+        if None in calibrated:
+            each = [
+                of_member.probabilities if of_member else as_it_is
+                for of_member, as_it_is in zip(calibrated, raw[:, read], strict=True)
+            ]
+            probabilities[read] = np.mean(each, axis=0)
+        else:
+            together = decision.mean(calibrated)
+            probabilities[read] = together.probabilities
+        return Answers(self.classes, probabilities, together, ood_scores, errors)
+
+
+def load(
+    path: str | Path | Sequence[str | Path],
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    overrides: Sequence[tuple[str, str]] = (),
+) -> Model | Ensemble:
+    """Returns what a run's folder says: network, weights, calibration, out-of-distribution model.
+
+    Args:
+      path: of a training run; of a cross-validation, whose folds become an ensemble; or several.
+      mesh: the devices. Default: all there are.
+      overrides: (key, text) pairs of keys that evaluation may set anew, such as ("eval.tta", "8").
+
+    Raises:
+      InputError: no checkpoint there, or keys that may not be set anew.
+    """
+    paths = [path] if isinstance(path, str | Path) else path
+    if mesh is None:
+        mesh = parallel.mesh()
+    ensemble = Ensemble(restore_all([Path(one) for one in paths], overrides, mesh))
+    ensemble = ensemble.with_decisions()
+    return ensemble.members[0] if len(ensemble.members) == 1 else ensemble
+
+
+def restore_all(
+    workdirs: Sequence[Path], overrides: Sequence[tuple[str, str]], mesh: jax.sharding.Mesh
+) -> tuple[Model, ...]:
+    """Returns the runs of the folders, without decisions; of a cross-validation each fold's."""
+    runs = [run for workdir in workdirs for run in checkpoints.runs(workdir)]
+    return tuple(restore(run, overrides, mesh) for run in runs)
+
+
+def restore(workdir: Path, overrides: Sequence[tuple[str, str]], mesh: jax.sharding.Mesh) -> Model:
+    """Returns the network of a run with its best weights, without decisions.
+
+    Args:
+      workdir: of a training run.
+      overrides: (key, text) pairs of the command line.
+      mesh: the devices.
+
+    Raises:
+      InputError: no checkpoint there, or keys that may not be set anew.
+    """
+    params, batch_stats, ema, meta, step = checkpoints.load_for_inference(workdir)
+    config = configuration.from_dict(meta["config"])
+    faults = configuration.refuse_fixed(config, overrides, workdir)
+    faults += configuration.override(config, overrides)
+    if faults:
+        raise InputError(faults)
+    configuration.validate(config, mesh.devices.size)
+    model = Model.of(workdir, config, Classes.from_json(meta["classes"]), mesh)
+    state = {"params": params, "batch_stats": batch_stats, "ema": ema}
+    model = model.with_weights(state, step)
+    return model.replace(variables=parallel.replicate(mesh, model.variables))
+
+
+def judged_weights(state: Mapping[str, Any], asked: str) -> tuple[Variables, str]:
+    """Returns the weights that a run is judged by and answers with, and which they are.
+
+    Args:
+      state: `params`, `batch_stats` and `ema`, which is empty where no average is kept.
+      asked: `eval.weights`: 'raw', 'ema' or 'auto'.
+
+    Returns:
+      (variables, 'raw' or 'ema').
+    """
+    if state["ema"] and asked != "raw":
+        return state["ema"], "ema"
+    return {name: state[name] for name in ("params", "batch_stats")}, "raw"
+
+
+def normalised(probabilities: np.ndarray) -> np.ndarray:
+    """Returns float64 rows that sum to 1, without float32's rounding."""
+    probabilities = probabilities.astype(np.float64)
+    return probabilities / probabilities.sum(-1, keepdims=True)
+
+
+def _decoded(
+    photographs: Sequence[Any],
+    canvas: tuple[int, int],
+    config: ml_collections.ConfigDict,
+    errors: dict[int, str],
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Yields (numbers, pixels uint8 [k, H, W, 3]) of the readable ones, a batch at a time.
+
+    Why the others are not readable is added to `errors`.
+    """
+    rows: list[int] = []
+    batch = np.empty((config.eval.batch_size, *canvas, 3), np.uint8)
+    with console.progress("Predicting") as progress:
+        decoded = image_files.load_many(photographs, canvas, config.data.num_workers)
+        for number, pixels in enumerate(decoded):
+            if isinstance(pixels, image_files.ImageError):
+                errors[number] = str(pixels)
+            else:
+                batch[len(rows)] = pixels
+                rows.append(number)
+            if len(rows) == len(batch):
+                yield rows, batch
+                rows = []
+            progress(number + 1, len(photographs))
+    if rows:
+        yield rows, batch[: len(rows)]

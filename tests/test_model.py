@@ -1,0 +1,104 @@
+"""A run's folder answers in Python as it does on the command line, to the last bit."""
+
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+import ham_jax
+from ham_jax import config, model, parallel
+from ham_jax.classes import Classes
+from ham_jax.config import InputError
+from ham_jax.data import ham10000 as records
+from ham_jax.evaluation import predictions
+from ham_jax.training import loop
+
+
+class NeverStop:
+    exit_code = 75
+
+    def reached(self):
+        return False
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_records, tmp_path_factory):
+    c = config.base()
+    c.data.dir = str(tiny_records)
+    c.data.canvas = (24, 32)
+    c.data.num_folds = 3
+    c.model.stem = "small"
+    c.augment.crop_px = 16
+    c.optim.warmup = {"steps": 0}
+    c.optim.ema_decay = 0.9
+    c.train.batch_size = 8
+    c.train.duration = {"steps": 2}
+    c.log.tensorboard = False
+    workdir = tmp_path_factory.mktemp("trained")
+    loop.train(c, workdir, parallel.mesh(), NeverStop())
+    return workdir
+
+
+@pytest.fixture
+def photographs(trained, tiny_raw):
+    files = {path.stem: str(path) for path in tiny_raw.rglob("*.jpg")}
+    return [files[name] for name in predictions.read(trained / "predictions.csv").image_ids]
+
+
+def test_a_loaded_run_answers_as_its_files_say(trained, photographs, tiny_records):
+    loaded = ham_jax.load(trained)
+    judged = predictions.read(trained / "predictions.csv")
+    answers = loaded.predict(photographs)
+    decided = loaded.calibrator.apply("temperature", judged.probabilities)
+    np.testing.assert_array_equal(answers.probabilities, decided.probabilities)
+    np.testing.assert_array_equal(answers.calibrated.flagged, decided.flagged)
+    np.testing.assert_allclose(answers.ood_scores, judged.metadata["ood_score"], rtol=1e-9)
+    opened = records.open_records(tiny_records)
+    rows = np.flatnonzero(np.isin(opened.table["image_id"], judged.image_ids))
+    images = opened.read(rows)
+    np.testing.assert_array_equal(loaded.probabilities(images), judged.probabilities)
+    assert loaded.features(images).shape == (len(images), 512)
+    view, heat = loaded.explain(images[:3], np.array([0, 4, 6]))
+    assert view.shape == (3, 16, 16, 3)
+    assert heat.shape == (3, 16, 16)
+    assert loaded.provenance["weights"] == "ema"
+    assert loaded.classes == ham_jax.Classes.from_json(loaded.classes.to_json())
+
+
+def test_an_ensemble_has_the_same_answers(trained, photographs, tmp_path):
+    one, two = ham_jax.load(trained), ham_jax.load([trained, trained])
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    some = [photographs[0], str(broken), photographs[1]]
+    answers, again = one.predict(some), two.predict(some)
+    np.testing.assert_array_equal(answers.probabilities, again.probabilities)
+    np.testing.assert_array_equal(answers.ood_scores, again.ood_scores)
+    assert np.isnan(answers.probabilities[1]).all()
+    assert list(answers.errors) == [1]
+    assert answers.read.tolist() == [0, 2]
+    assert len(answers.calibrated.flagged) == 2
+    other = one.replace(classes=Classes(("a", "b")))
+    with pytest.raises(InputError, match="only networks of the same classes"):
+        model.Ensemble((one, other))
+
+
+def test_what_belongs_to_the_run_cannot_be_set_anew(trained):
+    with pytest.raises(InputError, match=r"augment\.crop_px cannot be set here"):
+        ham_jax.load(trained, overrides=[("augment.crop_px", "32")])
+    assert ham_jax.load(trained, overrides=[("eval.weights", "raw")]).provenance["weights"] == "raw"
+
+
+def test_asking_a_trained_network_needs_no_training_libraries(trained, photographs):
+    """A machine that only answers need not have TensorFlow, TFDS, scikit-learn or SciPy's users."""
+    code = """
+        import sys
+        for name in ("tensorflow", "tensorflow_datasets", "sklearn", "matplotlib", "optax"):
+            sys.modules[name] = None
+        import ham_jax
+        print(ham_jax.load(sys.argv[1]).predict(sys.argv[2:]).probabilities.shape)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(trained), *photographs[:2]]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ended.stdout.endswith("(2, 7)\n")
