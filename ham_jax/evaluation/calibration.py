@@ -26,7 +26,7 @@ from sklearn import isotonic, model_selection
 from ham_jax import config
 from ham_jax.evaluation import metrics
 
-METHODS = config.CHOICES["eval.calibration"]
+METHODS = config.key("eval.calibration").choices
 NUM_FOLDS = 5  # of cross-fitting
 
 _TINY = np.finfo(float).eps  # what log loss counts a probability as at least

@@ -29,17 +29,6 @@ Predictor = Callable[..., jax.Array]
 """(variables, image uint8 [B, H, W, 3], metadata float32 [B, M] or None=None) -> probabilities
 float32 [B, 7] on every process"""
 
-# Keys that --mode=eval and --mode=predict may set anew; the rest is what the run was trained with.
-MOVABLE = (
-    "data.dir",
-    "data.test_dir",
-    "data.prepared_dir",
-    "data.download",
-    "data.allow_partial",
-    "data.num_workers",
-    "eval",
-)
-
 FIXED = ("test", "train")
 """Splits that a run's calibration is applied to as it is: it was fitted on validation."""
 
@@ -153,7 +142,7 @@ def load(workdir: Path, overrides: list[tuple[str, str]], mesh: jax.sharding.Mes
 
     Args:
       workdir: of a training run.
-      overrides: (key, text) pairs of the command line; only `MOVABLE` keys.
+      overrides: (key, text) pairs of the command line; only keys that are `free_in_evaluation`.
       mesh: the devices.
 
     Raises:
@@ -166,13 +155,14 @@ def load(workdir: Path, overrides: list[tuple[str, str]], mesh: jax.sharding.Mes
             f" knows {', '.join(CLASSES)}."
         )
     config = configuration.from_dict(meta["config"])
-    movable = tuple(f"{key}." for key in MOVABLE)
+    free = configuration.FREE_IN_EVALUATION
+    names = {path: configuration.key_name(path) for path, _ in overrides}
     known = configuration.flatten(config)
     faults = [
-        f"--config.{key} cannot be set here: it belongs to the run in {workdir}. What can:"
-        f" {', '.join(MOVABLE)}."
-        for key, _ in overrides
-        if key in known and not f"{key}.".startswith(movable)
+        f"--config.{path} cannot be set here: it belongs to the run in {workdir}. What can:"
+        f" {', '.join(free)}."
+        for path, name in names.items()
+        if name in known and name not in free
     ]
     faults += configuration.override(config, overrides)
     if faults:
