@@ -377,13 +377,13 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
 
 
 def _no_such_key(path: str) -> str:
-    """Returns why there is no key of this dotted path, and which one may be meant."""
+    """Returns the sentence for a path that no key has, with the key that may be meant."""
     if path in _REMOVED_KEYS:
         return "this version of ham_jax no longer has this key; leave it out."
     leaf = path.rsplit(".", 1)[-1]
     elsewhere = [name for name in _BY_NAME if name.rsplit(".", 1)[-1] == leaf]
-    question = nearest(path, _BY_NAME) or nearest(path, elsewhere[:1])
-    return f"there is no such key.{question}"
+    right_name = f" Did you mean {elsewhere[0]!r}?" if elsewhere else ""
+    return f"there is no such key.{nearest(path, _BY_NAME) or right_name}"
 
 
 def override(config: ml_collections.ConfigDict, texts: Sequence[tuple[str, str]]) -> list[str]:

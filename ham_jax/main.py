@@ -28,7 +28,7 @@ _overrides: list[tuple[str, str]] = []  # (key, text) of each --config.key=text
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What a mode is called with: the flags with their paths expanded, all of them checked.
+    """The flags that a mode is called with, their paths expanded.
 
     Attributes:
       config_file: `--config`, with its variant; empty: not given.
@@ -37,7 +37,7 @@ class Call:
       workdirs: one folder, or several runs whose probabilities are averaged.
       split: 'val', 'test' or 'train'.
       images: empty: not given.
-      output: None: the mode's own place in the run's folder, which is a folder.
+      output: None: not given.
       predictions: CSV files.
       overrides: (key, text) of each `--config.key=text`.
       mesh: the devices, a jax.sharding.Mesh; None for modes that use none.
@@ -67,7 +67,7 @@ class Mode:
       writes: where it writes, below the run's folder; with a suffix a file, otherwise a folder.
         None: nowhere.
       averages: `--workdir` may be several runs.
-      uses_devices: needs JAX started.
+      uses_devices: JAX is started first.
       keys: those that `--config.KEY=VALUE` may set.
       own_keys: keys that the mode sets itself, so that a configuration must leave them out.
     """
@@ -237,7 +237,7 @@ MODES = {
 
 _MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
 flags.DEFINE_enum("split", "val", ["val", "test", "train"], "The split to look at.")
-_TEXTS = {
+_FLAG_DOCS = {
     "config": "A file in configs/; a variant may follow, as in configs/resnet.py:50.",
     "workdir": "The folder of a run. Default: runs/<name of the config file>.",
     "images": "Photographs: a file, a folder, a glob, or a CSV with a column path, image_id or"
@@ -246,9 +246,16 @@ _TEXTS = {
     "predictions": "Two or more files of the same images: predictions.csv of --mode=train, crossval"
     " or eval.",
 }
-for _name, _doc in _TEXTS.items():
+for _name, _doc in _FLAG_DOCS.items():
     flags.DEFINE_string(_name, None, _doc)
-_FLAGS = ("config", "workdir", "split", *list(_TEXTS)[2:])
+_FLAGS = ("config", "workdir", "split", "images", "output", "predictions")
+_NEEDED = {  # what to give where a flag is missing
+    "config": "configs/resnet.py for HAM10000, configs/demo.py for synthetic lesions that need no"
+    " data",
+    "workdir": "the folder of a training run",
+    "images": "a file, a folder, a glob or a CSV",
+    "predictions": "two or more files, A.csv B.csv",
+}
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -342,15 +349,13 @@ def _flag_faults(mode: Mode, call: Call) -> list[str]:
         for flag in _FLAGS
         if flags.FLAGS[flag].present and flag not in mode.flags
     ]
-    missing = {
-        "config": not call.config_file
-        and "configs/resnet.py for HAM10000, configs/demo.py for"
-        " synthetic lesions that need no data",
-        "workdir": not call.workdirs and "the folder of a training run",
-        "images": not call.images and "a file, a folder, a glob or a CSV",
-        "predictions": len(call.predictions) < 2 and "two or more files, A.csv B.csv",
+    given = {
+        "config": call.config_file,
+        "workdir": call.workdirs,
+        "images": call.images,
+        "predictions": call.predictions[1:],
     }
-    faults += [f"{name} needs --{flag}: {missing[flag]}." for flag in mode.needs if missing[flag]]
+    faults += [f"{name} needs --{flag}: {_NEEDED[flag]}." for flag in mode.needs if not given[flag]]
     num_runs = len(call.workdirs)
     if num_runs > 1 and "workdir" in mode.flags:
         if not mode.averages:
@@ -411,7 +416,7 @@ def _check_writable(mode: Mode, call: Call) -> None:
       InputError: it cannot.
     """
     if mode.writes is None or not (mode.trains or call.output or call.workdirs[0].is_dir()):
-        return  # in the second case there is no run to read, which reading it will say
+        return  # it writes nothing, or there is no run to read, which reading it will say
     check = files.faults_of_file if mode.output_file else files.faults_of_folder
     flag = "--output" if call.output else "--workdir"
     if faults := check(call.output or call.workdirs[0] / mode.writes, flag):
