@@ -44,7 +44,7 @@ def test_every_key_is_documented_and_its_default_is_allowed(key):
     assert configuration.faults_of(key.name, object()) != []
 
 
-def test_every_value_that_is_text_is_a_path_a_choice_or_a_seed_of_none():
+def test_every_text_is_a_path_or_has_choices():
     texts = [key for key in configuration.KEYS if key.kind is str]
     assert all(key.is_path != bool(key.choices) for key in texts)
 
