@@ -6,7 +6,8 @@
 #   ./launch.sh --processes N [flags]      the same as one job of N processes on this machine
 #   srun ./launch.sh [flags]               the same as one job of Slurm's tasks
 #   ./launch.sh test [pytest arguments]    lint and tests
-#   ./launch.sh --help                     this text, and the flags once all is installed
+#   ./launch.sh --help                     this text; once all is installed, modes, flags and keys
+#   ./launch.sh --mode=MODE --help         what a mode does, its flags and keys
 #
 # A run that ends with 75 (it was preempted, and saved itself) is started again, unless it is one of
 # several that were started elsewhere (Slurm, mpirun, Kubernetes, a TPU pod): whoever started them

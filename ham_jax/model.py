@@ -491,7 +491,7 @@ def restore(workdir: Path, overrides: Sequence[tuple[str, str]], mesh: jax.shard
     """
     params, batch_stats, ema, meta, step = checkpoints.load_for_inference(workdir)
     config = configuration.from_dict(meta["config"])
-    faults = configuration.refuse_fixed(config, overrides, workdir)
+    faults = configuration.fixed_faults([path for path, _ in overrides], workdir)
     faults += configuration.override(config, overrides)
     if faults:
         raise InputError(faults)

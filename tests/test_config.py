@@ -1,5 +1,8 @@
 """A configuration is what it says, or is refused with every fault at once."""
 
+import json
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 from ham_jax import config as configuration
 from ham_jax.config import InputError
 
+OLD = Path(__file__).with_name("config_86e8317.json")  # that commit's to_dict(base())
 KEYS = sorted(configuration.flatten(configuration.base()))
 
 
@@ -25,6 +29,76 @@ def faults_of(config, **kwargs):
 )
 def test_every_config_file_is_valid(file, request):
     configuration.validate(configuration.load(f"{request.config.rootpath}/configs/{file}"))
+
+
+@pytest.mark.parametrize("key", configuration.KEYS, ids=lambda key: key.name)
+def test_every_key_is_documented_and_its_default_is_allowed(key):
+    assert key.doc[0].isupper() or key.doc[0] == "("
+    assert key.doc.endswith((".", ")."))
+    assert "|" not in key.doc  # which would split a row of docs/keys.md
+    assert configuration.faults_of(key.name, key.default) == []
+    assert key.optional is None or key.default is None
+    if key.range and not key.is_duration:
+        assert configuration.faults_of(key.name, type(key.default)(key.range[0])) == []
+        assert configuration.faults_of(key.name, key.range[0] - 1) != []
+    assert configuration.faults_of(key.name, object()) != []
+
+
+def test_every_text_is_a_path_or_has_choices():
+    texts = [key for key in configuration.KEYS if key.kind is str]
+    assert all(key.is_path != bool(key.choices) for key in texts)
+
+
+def test_the_page_of_keys_is_what_the_table_says(request):
+    page = request.config.rootpath / "docs/keys.md"
+    assert page.read_text() == configuration.markdown(), (
+        "Run python -m ham_jax.config > docs/keys.md"
+    )
+
+
+def test_a_configuration_of_an_earlier_version_is_converted():
+    old = json.loads(OLD.read_text())
+    config = configuration.from_dict(old)
+    configuration.validate(config)
+    assert configuration.differences(config, configuration.base()) == {}
+    values, now = configuration.flatten(old), configuration.flatten(configuration.to_dict(config))
+    gone = {"optim.schedule", "augment.shear", "loss.effective_beta"}
+    assert values.keys() - now.keys() == gone
+    assert all(now[name] == values[name] for name in values.keys() - gone)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [("optim", "schedule", "constant"), ("augment", "shear", 0.1)],
+)
+def test_a_removed_key_that_was_in_use_is_refused(section, name, value):
+    old = json.loads(OLD.read_text())
+    old["loss"]["effective_beta"] = 0.9  # of no effect without its loss
+    old[section][name] = value
+    with pytest.raises(InputError) as error:
+        configuration.from_dict(old)
+    (fault,) = error.value.faults
+    assert fault.startswith(f"{section}.{name} = {value!r}: this version of ham_jax no longer has")
+    (fault,) = configuration.override(configuration.base(), [(f"{section}.{name}", str(value))])
+    assert "no longer has this key; leave it out." in fault
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "instead"),
+    [
+        ("optim", "name", "lamb", "adamw"),
+        ("loss", "imbalance", "effective_number", "sqrt"),
+        ("eval", "calibration", "vector", "temperature"),
+    ],
+)
+def test_a_removed_choice_is_refused_unless_it_is_set_anew(section, name, value, instead):
+    old = json.loads(OLD.read_text())
+    old[section][name] = value
+    config = configuration.from_dict(old)
+    (fault,) = faults_of(config)
+    assert fault.startswith(f"{section}.{name} = {value!r} is no longer available: ")
+    assert configuration.override(config, [(f"{section}.{name}", instead)]) == []
+    configuration.validate(config)
 
 
 def test_overrides_take_the_type_of_their_key():

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ham_jax.main import split_overrides
+from ham_jax import config as configuration
+from ham_jax.main import MODES, help_of_all, help_of_mode, split_overrides
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,6 +57,25 @@ def test_overrides_are_taken_out_of_the_command_line():
         (["--mode=predict"], ["needs --workdir", "needs --images"]),
         (["--mode=explain"], ["needs --workdir"]),
         (["--mode=explain", "--workdir=a,b"], ["one --workdir, not in 2"]),
+        (
+            ["--config={root}/configs/demo.py", "--images=x", "--split=val"],
+            ["--images; these modes do: explain, predict.", "--split; these modes do: eval"],
+        ),
+        (["--mode=compare", "--predictions=a,b", "--workdir=a"], ["does not take --workdir"]),
+        (["--mode=report", "--workdir=a", "--config.eval.tta=8"], ["eval.tta. It sets no keys."]),
+        (
+            [
+                *("--mode=predict", "--workdir=a", "--images=x", "--config.model.name=resnet50"),
+                *("--config.train.duration.epochs=3", "--config.eval.tta=3"),
+                *("--config.eval.ood=maybe", "--config.eval.odd=true"),
+            ],
+            [
+                "cannot set model.name, train.duration. It can set data.dir,",
+                "eval.tta = 3 must be one of 1, 2, 4, 8.",
+                "this is not true or false",
+                "Did you mean 'eval.ood'?",
+            ],
+        ),
         (["--mode=crossval"], ["--mode=crossval needs --config"]),
         (
             [
@@ -94,6 +114,53 @@ def test_mistakes_are_answered_at_once_all_together(arguments, answers, tmp_path
     assert len(ended.stderr.splitlines()) == len(answers)
     assert list(tmp_path.iterdir()) == []
     assert time.monotonic() - start < 10  # nothing heavy is imported
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--mode=predict", "-h"]])
+def test_help_is_printed_without_imports_that_take_seconds(arguments):
+    code = "import runpy, sys; sys.argv[0] = 'main'; from ham_jax import main\n"
+    code += (
+        "try: main.run()\nfinally: assert not {'jax', 'pandas', 'tensorflow'} & set(sys.modules)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    text = help_of_all() if arguments == ["--help"] else help_of_mode("predict")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, text + "\n", "")
+
+
+def test_help_names_every_mode_flag_and_key_with_its_doc():
+    text = help_of_all()
+    words = " ".join(text.split())
+    assert all(f"--mode={name}" in help_of_mode(name) for name in MODES)
+    assert all(f"  {name} " in text for name in MODES)
+    assert all(f"  --{flag} " in text for mode in MODES.values() for flag in mode.flags)
+    for key in configuration.KEYS:
+        assert f"\n  {key.name} = {key.default}\n" in text
+        assert f"{key.doc} Allowed: {configuration.allowed(key)}." in words
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_help_of_a_mode_shows_what_it_takes_and_nothing_else(name):
+    text, mode = help_of_mode(name), MODES[name]
+    assert max(map(len, text.splitlines())) <= 100
+    shown = {line.split()[0] for line in text.splitlines() if line.startswith("  ")}
+    assert {word[2:] for word in shown if word.startswith("--")} == set(mode.flags)
+    keys = {key.name for key in configuration.KEYS}
+    assert shown & keys == set(mode.keys) - set(mode.own_keys)
+    assert {line.split()[0][2:] for line in text.splitlines() if " Required. " in line} == set(
+        mode.needs
+    )
+    others, overrides = split_overrides(mode.example.split())
+    given = {word[2:].split("=")[0] for word in others if word.startswith("--")}
+    assert set(mode.needs) <= given <= set(mode.flags)
+    assert {key for key, _ in overrides} <= set(mode.keys)
 
 
 @pytest.mark.parametrize(

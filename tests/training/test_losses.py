@@ -60,7 +60,7 @@ SPREADS = {
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("imbalance", config.CHOICES["loss.imbalance"])
+@pytest.mark.parametrize("imbalance", config.key("loss.imbalance").choices)
 def test_formula(imbalance, smoothing, batch):
     logits, target = batch
     loss = make(
@@ -75,7 +75,7 @@ def test_formula(imbalance, smoothing, batch):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("imbalance", config.CHOICES["loss.imbalance"])
+@pytest.mark.parametrize("imbalance", config.key("loss.imbalance").choices)
 def test_smoothing_favours_no_class_where_the_image_says_nothing(imbalance, smoothing):
     """Equal logits stay equal on classes as frequent as the loss makes even."""
     frequencies = SPREADS.get(imbalance, np.full(7, 1 / 7))

@@ -11,7 +11,7 @@ from ham_jax import config
 from ham_jax.config import InputError
 from ham_jax.training import optim
 
-NAMES = config.CHOICES["optim.name"]
+NAMES = config.key("optim.name").choices
 
 
 def section(**keys):
