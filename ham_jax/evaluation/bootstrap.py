@@ -1,7 +1,14 @@
-"""How sure the figures are: bootstrap intervals over lesions, all from the same resamples.
+"""How sure the figures are: bootstrap intervals over lesions. All resampling is in this room.
+
+Lesions are drawn, not images, since images of one lesion succeed and fail together; and they are
+drawn within each class, so that a rare class is in every resample.
 
 A resample is a weight an image: how often its lesion was drawn. The figures of a resample are the
-weighted figures, and so hundreds of resamples are computed side by side from one sorting.
+weighted figures, and so hundreds of resamples are computed side by side from one sorting
+(`resamples`, `Figures`). The balanced accuracy alone needs no sorting: `balanced_accuracy_draws`
+draws how many lesions of each kind there are, which is the same bootstrap at a fraction of the
+time, but with other random numbers. So its interval differs from one by `resamples` in the third
+digit. It is `balanced_accuracy_interval` wherever it is told.
 """
 
 from collections.abc import Iterable, Iterator
@@ -9,86 +16,124 @@ from typing import Any
 
 import numpy as np
 
-from ham_jax import CLASSES
 from ham_jax.evaluation import metrics
+from ham_jax.evaluation.predictions import Predictions
 
 LEVEL = 0.95
+"""The share of the resamples that an interval holds."""
+
 _CHUNK = 100  # resamples side by side: 2,000 images then take 1.6 MB, which a core's cache holds
 
 
-def intervals(
-    labels: np.ndarray,
-    probabilities: np.ndarray,
-    groups: np.ndarray,
-    num_draws: int = 2000,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Returns 95 % percentile intervals of `metrics.compute`'s headline figures.
+def intervals(predictions: Predictions, num_draws: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """Returns 95 % percentile intervals of the figures of `metrics.compute`.
 
-    Lesions are drawn with replacement within each class. A calibration error is a sum of absolute
-    values, to which the noise of a resample adds: its interval leans high and may lie above the
-    figure itself. The balanced accuracy's interval is that of `metrics.interval`, so that there is
-    one of it wherever it is told; by these resamples it would differ in the third digit.
+    A calibration error is a sum of absolute values, to which the noise of a resample adds: its
+    interval is optimistically biased upwards and may lie above the figure itself.
 
     Args:
-      labels: int [n], indices in CLASSES.
-      probabilities: float [n, 7].
-      groups: [n], the lesion of each image.
+      predictions: of the images.
       num_draws: resamples.
       seed: of the draws.
 
     Returns:
-      {figure: [low, high]} for balanced_accuracy, accuracy, macro_auc, macro_average_precision,
-      log_loss and expected_calibration_error, and per_class: {class: {sensitivity, auc}}, with
-      None where the figure is undefined.
-
-    Raises:
-      ValueError: as `metrics.compute`.
+      {name of each of metrics.METRICS: [low, high]}, and per_class: {class: {sensitivity, auc}},
+      with None where the figure is undefined.
     """
-    order = fixed_order(labels, probabilities, groups)
-    labels, probabilities, groups = (np.asarray(a)[order] for a in (labels, probabilities, groups))
-    figures = Figures(labels, probabilities)
-    drawn = draws(figures, resamples(labels, groups, num_draws, seed))
-    found = {name: interval(values) for name, values in drawn.items() if values.ndim == 1}
-    del found["overconfidence"]
-    found["balanced_accuracy"] = list(metrics.interval(labels, probabilities, groups))
-    found["per_class"] = {
-        dx: {name: interval(drawn[name][k]) for name in ("sensitivity", "auc")}
-        for k, dx in enumerate(CLASSES)
+    predictions = in_fixed_order(predictions)
+    labels, lesion_ids = predictions.labels, predictions.lesion_ids
+    figures = Figures(labels, predictions.probabilities)
+    drawn = draws(figures, resamples(labels, lesion_ids, num_draws, seed))
+    return {
+        **{metric.name: interval(drawn[metric.name]) for metric in metrics.METRICS},
+        "balanced_accuracy": balanced_accuracy_interval(predictions),
+        "per_class": {
+            name: {figure: interval(drawn[figure][k]) for figure in ("sensitivity", "auc")}
+            for k, name in enumerate(predictions.classes)
+        },
     }
-    return found
 
 
-def fixed_order(labels: np.ndarray, probabilities: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Returns an order int [n] of the images that does not depend on theirs.
+def balanced_accuracy_interval(
+    predictions: Predictions, num_draws: int = 1000, seed: int = 0
+) -> list[float]:
+    """Returns [low, high], the 95 % percentile interval of the balanced accuracy.
+
+    Args:
+      predictions: of the images.
+      num_draws: resamples.
+      seed: of the draws.
+    """
+    correct = metrics.correct_answers(predictions)
+    drawn = balanced_accuracy_draws(predictions, correct[:, None], num_draws, seed)
+    return percentiles(drawn[:, 0])
+
+
+def balanced_accuracy_draws(
+    predictions: Predictions, correct: np.ndarray, num_draws: int, seed: int
+) -> np.ndarray:
+    """Returns the balanced accuracy of several networks in the same resamples of the lesions.
+
+    Args:
+      predictions: of the images, of any of the networks.
+      correct: bool [n, num_networks].
+      num_draws: resamples.
+      seed: of the draws.
+
+    Returns:
+      float64 [num_draws, num_networks].
+    """
+    labels = predictions.labels
+    _, group = np.unique(predictions.lesion_ids, return_inverse=True)
+    rng = np.random.default_rng(seed)
+    recalls = []
+    for k in np.unique(labels):
+        _, lesion = np.unique(group[labels == k], return_inverse=True)
+        sizes = np.bincount(lesion)
+        hits = np.zeros((len(sizes), correct.shape[1]))
+        np.add.at(hits, lesion, correct[labels == k])
+        # Lesions with the same hits and size are alike: how many of each kind a resample holds is
+        # multinomial.
+        kinds, counts = np.unique(np.column_stack([hits, sizes]), axis=0, return_counts=True)
+        sums = rng.multinomial(len(sizes), counts / len(sizes), size=num_draws) @ kinds
+        recalls.append(sums[:, :-1] / sums[:, -1:])
+    return np.mean(recalls, axis=0)
+
+
+def in_fixed_order(predictions: Predictions) -> Predictions:
+    """Returns the images in an order that does not depend on theirs.
 
     Taken in it, the same set of images gives the same resamples and sums to the last digit.
     """
-    return np.lexsort((*np.asarray(probabilities).T, labels, groups))
+    keys = (*predictions.probabilities.T, predictions.labels, predictions.lesion_ids)
+    return predictions.take(np.lexsort(keys))
 
 
 def interval(values: np.ndarray) -> list[float] | None:
     """Returns the [low, high] that holds LEVEL of the values [num_draws]; None if one is nan."""
-    if np.isnan(values).any():
-        return None
+    return None if np.isnan(values).any() else percentiles(values)
+
+
+def percentiles(values: np.ndarray) -> list[float]:
+    """Returns the [low, high] that holds LEVEL of the values [num_draws], none of which is nan."""
     return np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
 
 
 def resamples(
-    strata: np.ndarray, groups: np.ndarray, num_draws: int, seed: int
+    strata: np.ndarray, lesion_ids: np.ndarray, num_draws: int, seed: int
 ) -> Iterator[np.ndarray]:
     """Draws lesions with replacement, as many as there are, within each stratum.
 
     Args:
       strata: int [n], such as the classes. A lesion in two strata counts as two lesions.
-      groups: [n], the lesion of each image.
+      lesion_ids: [n].
       num_draws: resamples.
       seed: of the draws.
 
     Yields:
       How often each image counts, float64 [n, some draws], until there were `num_draws`.
     """
-    _, group = np.unique(groups, return_inverse=True)
+    _, group = np.unique(lesion_ids, return_inverse=True)
     lesions, of_image = np.unique(np.stack([strata, group]), axis=1, return_inverse=True)
     _, first, of_lesion, sizes = np.unique(
         lesions[0], return_index=True, return_inverse=True, return_counts=True
@@ -110,7 +155,7 @@ def draws(figures: "Figures", weights: Iterable[np.ndarray]) -> dict[str, np.nda
 
 
 class Figures:
-    """The headline figures of fixed answers as functions of how often each image counts."""
+    """The figures of fixed answers as functions of how often each image counts."""
 
     def __init__(
         self, labels: np.ndarray, probabilities: np.ndarray, ranked: Iterable[int] | None = None
@@ -118,30 +163,24 @@ class Figures:
         """Sorts once.
 
         Args:
-          labels: int [n], indices of classes.
-          probabilities: float [n, num_classes].
+          labels: int [n], indices of C classes.
+          probabilities: float64 [n, C].
           ranked: the classes whose AUC and average precision are wanted. Default: all.
-
-        Raises:
-          ValueError: as `metrics.compute`.
         """
-        correct = metrics.correct_answers(labels, probabilities)
-        probabilities = np.asarray(probabilities, np.float64)
-        num_images, self._num_classes = probabilities.shape
-        confidence = probabilities.max(axis=1)
-        of_truth = probabilities[np.arange(num_images), labels]
-        is_class = np.arange(self._num_classes)[:, None] == labels
-        is_bin = np.arange(metrics.NUM_BINS)[:, None] == metrics.confidence_bins(confidence)
-        self._sums = np.concatenate(  # of these values each figure without ranks is made
-            [
-                is_class,
-                is_class & correct,
-                is_bin * (confidence - correct),
-                -np.log(np.maximum(of_truth, np.finfo(float).eps))[None],
-            ]
-        )
-        ranked = range(self._num_classes) if ranked is None else ranked
-        self._ranks = {k: _Ranks(is_class[k], probabilities[:, k]) for k in ranked}
+        self._metrics = metrics.METRICS
+        wanted = [metric.parts for metric in self._metrics if metric.parts]
+        parts = {
+            of: of(labels, probabilities)
+            for of in (metrics.of_class, metrics.hits, metrics.gaps, *wanted)
+        }
+        ends = np.cumsum([len(rows) for rows in parts.values()]).tolist()
+        self._rows = {
+            of: slice(end - len(rows), end)
+            for end, (of, rows) in zip(ends, parts.items(), strict=True)
+        }
+        self._parts = np.concatenate(list(parts.values()))
+        ranked = range(probabilities.shape[1]) if ranked is None else ranked
+        self._ranks = {k: _Ranks(labels == k, probabilities[:, k]) for k in ranked}
 
     def __call__(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Computes the figures of d resamples.
@@ -150,31 +189,30 @@ class Figures:
           weights: whole numbers as float64 [n, d], not all 0 for any resample.
 
         Returns:
-          float64 [d] each: balanced_accuracy, accuracy, macro_auc, macro_average_precision,
-          log_loss, expected_calibration_error as in `metrics.compute`, and overconfidence (mean
-          confidence less accuracy); float64 [num_classes, d] each: sensitivity, auc,
-          average_precision. nan where undefined; means run over the classes where it is defined.
+          float64 [d] each: metrics.METRICS as in `metrics.compute`, and overconfidence (mean
+          confidence less accuracy); float64 [C, d] each: sensitivity, auc, average_precision. nan
+          where undefined; means run over the classes where it is defined.
         """
-        c = self._num_classes
-        sums = self._sums @ weights
-        of_class, hits, gaps, log_loss = np.split(sums, [c, 2 * c, len(sums) - 1])
+        all_sums = self._parts @ weights
+        sums = {of: all_sums[rows] for of, rows in self._rows.items()}
+        of_class = sums[metrics.of_class]
         total = of_class.sum(axis=0)
-        auc, average_precision = np.full((2, c, weights.shape[1]), np.nan)
+        auc, average_precision = np.full((2, *of_class.shape), np.nan)
         for k, ranks in self._ranks.items():
             auc[k], average_precision[k] = ranks.areas(weights)
-        sensitivity = _ratio(hits, of_class)
-        return {
-            "balanced_accuracy": _mean(sensitivity),
-            "accuracy": hits.sum(axis=0) / total,
-            "macro_auc": _mean(auc),
-            "macro_average_precision": _mean(average_precision),
-            "log_loss": log_loss[0] / total,
-            "expected_calibration_error": np.abs(gaps).sum(axis=0) / total,
-            "overconfidence": gaps.sum(axis=0) / total,
-            "sensitivity": sensitivity,
+        found = {
+            "sensitivity": _ratio(sums[metrics.hits], of_class),
             "auc": auc,
             "average_precision": average_precision,
+            "overconfidence": sums[metrics.gaps].sum(axis=0) / total,
         }
+        for metric in self._metrics:
+            found[metric.name] = (
+                metric.combine(sums[metric.parts]) / total
+                if metric.parts
+                else _mean(found[metric.mean_of])
+            )
+        return found
 
 
 class _Ranks:

@@ -67,8 +67,9 @@ def decide(
         return None if calibrator is None else calibrator.apply(method, predictions.probabilities)
     if split != "crossval":
         return cross_fit(predictions, method)
-    parts = [cross_fit(predictions.take(rows), method) for rows in folds]
-    if not parts or None in parts:
+    fitted = [cross_fit(predictions.take(rows), method) for rows in folds]
+    parts = [part for part in fitted if part is not None]
+    if not parts or len(parts) < len(folds):
         return None
     return decision.join(parts, np.concatenate(folds))
 
@@ -205,7 +206,7 @@ def folds(labels: np.ndarray, lesion_ids: np.ndarray) -> list[tuple[np.ndarray, 
     """
     _, first, lesion = np.unique(np.asarray(lesion_ids), return_index=True, return_inverse=True)
     of_lesion = np.asarray(labels)[first]
-    num_folds = min(NUM_FOLDS, np.bincount(of_lesion).max())
+    num_folds = min(NUM_FOLDS, int(np.bincount(of_lesion).max()))
     if num_folds < 2:
         return []
     splitter = model_selection.StratifiedKFold(num_folds, shuffle=True, random_state=0)

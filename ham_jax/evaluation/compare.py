@@ -13,9 +13,8 @@ from scipy import stats
 
 from ham_jax import console
 from ham_jax.config import InputError
-from ham_jax.evaluation import metrics
-
-_LEVEL = 0.95
+from ham_jax.evaluation import bootstrap, metrics, predictions
+from ham_jax.evaluation.predictions import Predictions
 
 
 def run(files: Sequence[str]) -> list[dict[str, Any]]:
@@ -30,46 +29,43 @@ def run(files: Sequence[str]) -> list[dict[str, Any]]:
     Raises:
       InputError: a file is missing or damaged, or the images differ.
     """
-    tables = [metrics.read_predictions(file) for file in files]
-    first = tables[0]
-    order = {image_id: row for row, image_id in enumerate(first[0])}
+    first, *others = [predictions.read(file) for file in files]
+    order = {image_id: row for row, image_id in enumerate(first.image_ids)}
     faults = []
     aligned = []
-    for file, (image_ids, _, labels, probabilities) in zip(files, tables, strict=True):
-        if sorted(image_ids) != sorted(order):
-            common = len(set(image_ids) & set(order))
+    for file, other in zip(files[1:], others, strict=True):
+        if other.classes != first.classes:
             faults.append(
-                f"{file} has {len(image_ids)} images, {files[0]} {len(order)}, and {common} are"
+                f"{file} has the classes {', '.join(other.classes)}, {files[0]}"
+                f" {', '.join(first.classes)}: only predictions of the same can be compared."
+            )
+            continue
+        if sorted(other.image_ids) != sorted(order):
+            common = len(set(other.image_ids) & set(order))
+            faults.append(
+                f"{file} has {len(other)} images, {files[0]} {len(order)}, and {common} are"
                 " in both: only predictions of the same images can be compared."
             )
             continue
-        place = np.argsort([order[image_id] for image_id in image_ids])
-        if (labels[place] != first[2]).any():
+        other = other.take(np.argsort([order[image_id] for image_id in other.image_ids]))
+        if (other.labels != first.labels).any():
             faults.append(f"{file} and {files[0]} disagree about the truth of some images.")
-        aligned.append(probabilities[place])
+        aligned.append(other)
     if faults:
         raise InputError(faults)
-    _, lesion_ids, labels, _ = first
-    results = [paired(labels, aligned[0], other, np.array(lesion_ids)) for other in aligned[1:]]
-    _print(files, results, len(labels), len(set(lesion_ids)))
+    results = [paired(first, other) for other in aligned]
+    _print(files, results, len(first), first.num_lesions)
     return results
 
 
 def paired(
-    labels: np.ndarray,
-    first: np.ndarray,
-    second: np.ndarray,
-    groups: np.ndarray,
-    num_draws: int = 2000,
-    seed: int = 0,
+    first: Predictions, second: Predictions, num_draws: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
     """Returns how much the second network is better than the first.
 
     Args:
-      labels: int [n].
-      first: probabilities [n, c].
-      second: probabilities [n, c].
-      groups: [n], the lesion of each image.
+      first: of one network.
+      second: of another, of the same images in the same order.
       num_draws: resamples of the lesions, within each class.
       seed: of the draws.
 
@@ -79,21 +75,17 @@ def paired(
       mcnemar_p: the exact two-sided p-value that these two counts differ (McNemar, Psychometrika
       1947). It takes images as independent, which photographs of one lesion are not, so it is too
       small rather than too large.
-
-    Raises:
-      ValueError: as `metrics.compute`.
     """
-    correct = np.stack([metrics.correct_answers(labels, p) for p in (first, second)], axis=-1)
-    scores = [metrics.compute(labels, p)["balanced_accuracy"] for p in (first, second)]
-    draws = metrics.balanced_accuracy_draws(labels, correct, groups, num_draws, seed)
-    low, high = np.quantile(draws[:, 1] - draws[:, 0], [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    correct = np.stack([metrics.correct_answers(p) for p in (first, second)], axis=-1)
+    scores = [metrics.compute(p)["balanced_accuracy"] for p in (first, second)]
+    draws = bootstrap.balanced_accuracy_draws(first, correct, num_draws, seed)
     only_first = int((correct[:, 0] & ~correct[:, 1]).sum())
     only_second = int((correct[:, 1] & ~correct[:, 0]).sum())
     differing = only_first + only_second
     return {
         "balanced_accuracy": scores,
         "difference": scores[1] - scores[0],
-        "interval": [float(low), float(high)],
+        "interval": bootstrap.percentiles(draws[:, 1] - draws[:, 0]),
         "only_first_right": only_first,
         "only_second_right": only_second,
         "mcnemar_p": float(stats.binomtest(only_first, differing).pvalue) if differing else 1.0,

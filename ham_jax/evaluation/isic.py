@@ -4,14 +4,18 @@ They differ from `metrics.compute`'s where the scorer's rules do, and are the on
 challenge's live ranking and its papers.
 """
 
+import os
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from ham_jax import CLASSES
-from ham_jax.evaluation import bootstrap, metrics
+from ham_jax.classes import Classes
+from ham_jax.evaluation import bootstrap
+from ham_jax.evaluation.predictions import Predictions, write_csv
+
+CATEGORIES = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
+"""The columns of the challenge's truth and submission files, in their order."""
 
 WITHOUT_WEIGHT = "ISIC_0035068"
 """An image of the test set that the scorer wants an answer for and does not count."""
@@ -19,19 +23,20 @@ WITHOUT_WEIGHT = "ISIC_0035068"
 _HIGH_SENSITIVITY = 0.8
 
 
-def score(
-    image_ids: Sequence[str], labels: np.ndarray, probabilities: np.ndarray
-) -> dict[str, Any]:
+def knows(classes: Classes) -> bool:
+    """Returns whether these are the challenge's seven diagnoses, in whatever order."""
+    return sorted(classes) == sorted(name.lower() for name in CATEGORIES)
+
+
+def score(predictions: Predictions) -> dict[str, Any]:
     """Returns what the package isic-challenge-scoring 5.6.0 says of a submission.
 
     A category counts as answered where its own probability is above 0.5, whatever the others are;
     only the balanced accuracy goes by the arg-max, and takes a shared maximum for wrong.
 
     Args:
-      image_ids: [n], with or without `.jpg`.
-      labels: int [n], indices in CLASSES.
-      probabilities: float [n, 7], columns in the order of CLASSES; clipped to [0, 1] as in the
-        submission.
+      predictions: of classes that `knows` knows; image ids with or without `.jpg`. Probabilities
+        are clipped to [0, 1] as in the submission.
 
     Returns:
       overall: the balanced accuracy over the categories that are present; per_category: {MEL:
@@ -41,16 +46,15 @@ def score(
       the last three are None and left out of the mean; the scorer itself refuses such a set.
 
     Raises:
-      ValueError: as `metrics.compute`, or no image has a weight.
+      ValueError: no image has a weight.
     """
-    names = [re.sub(r"\.jpg$", "", name, flags=re.IGNORECASE) for name in image_ids]
-    kept = np.array(names) != WITHOUT_WEIGHT
-    labels = np.asarray(labels)[kept]
-    probabilities = np.clip(np.asarray(probabilities, np.float64)[kept], 0, 1)
+    names = [re.sub(r"\.jpg$", "", name, flags=re.IGNORECASE) for name in predictions.image_ids]
+    kept = predictions.take(np.array(names) != WITHOUT_WEIGHT)
+    labels, probabilities = kept.labels, np.clip(kept.probabilities, 0, 1)
     figures = bootstrap.Figures(labels, probabilities)(np.ones((len(labels), 1)))
     per_category = {}
-    for name in metrics.ISIC_CLASSES:
-        k = CLASSES.index(name.lower())
+    for name in CATEGORIES:
+        k = kept.classes.index(name.lower())
         truth, values = labels == k, probabilities[:, k]
         areas = dict.fromkeys(("auc", "auc_sens_80", "ap"))
         if 0 < truth.sum() < len(truth):
@@ -69,6 +73,20 @@ def score(
         },
         "per_category": per_category,
     }
+
+
+def write_submission(path: str | os.PathLike, predictions: Predictions) -> None:
+    """Writes a file that the challenge's scorer accepts, sorted by image.
+
+    Args:
+      path: CSV to make or replace, whole or not at all.
+      predictions: as for `score`; probabilities are clipped to [0, 1], which a rounded softmax can
+        leave by one unit in the last place.
+    """
+    order = [predictions.classes.index(name.lower()) for name in CATEGORIES]
+    columns = np.clip(predictions.probabilities[:, order], 0, 1).T.tolist()
+    rows = zip(predictions.image_ids, *columns, strict=True)
+    write_csv(path, ("image", *CATEGORIES), rows)
 
 
 def _rates(truth: np.ndarray, answered: np.ndarray) -> dict[str, float]:

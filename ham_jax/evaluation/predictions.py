@@ -3,7 +3,8 @@
 import csv
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,7 @@ predicts it: it is there to look at results by it and never enters a network."""
 
 _NAMES = ("image_id", "lesion_id", "truth")
 _NUMBERS = ("age", "ood_score")
+_DEFAULT: Any = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,9 +44,9 @@ class Predictions:
     classes: Classes
     labels: np.ndarray
     probabilities: np.ndarray
-    lesion_ids: np.ndarray = None
-    image_ids: np.ndarray = None
-    metadata: pd.DataFrame = None
+    lesion_ids: np.ndarray = _DEFAULT
+    image_ids: np.ndarray = _DEFAULT
+    metadata: pd.DataFrame = _DEFAULT
 
     def __post_init__(self):
         labels = np.asarray(self.labels)
@@ -95,10 +97,10 @@ class Predictions:
           ood_scores: float [n], where there is an out-of-distribution model.
         """
         table = images.table
-        metadata = table[list(METADATA)]
+        metadata = table.loc[:, list(METADATA)]
         if ood_scores is not None:
             metadata = metadata.assign(ood_score=ood_scores)
-        ids = table["lesion_id"], table["image_id"]
+        ids = [table[name].to_numpy() for name in ("lesion_id", "image_id")]
         return cls(classes, images.labels, probabilities, *ids, metadata)
 
     @property
@@ -183,11 +185,38 @@ def read(path: str | os.PathLike, classes: Classes | None = None) -> Predictions
         classes = _classes_of(path, header)
     absent = [name for name in (*_NAMES, *classes) if name not in header]
     if absent:
-        raise InputError(f"{path} is no predictions file: it lacks {', '.join(absent)}.")
+        raise InputError(f"{path} is not a predictions file: it lacks {', '.join(absent)}.")
     if not rows:
         raise InputError(f"{path} holds no predictions, but a header only.")
+    if faults := _parse(path, rows, classes):
+        raise InputError(faults)
+    parsed = [row for _, row in rows]
+    columns = dict.fromkeys(
+        name for name in (*header, *METADATA) if name not in (*_NAMES, *classes)
+    )
+    metadata = {
+        name: pd.Series(
+            [row[name] if name in _NUMBERS else row.get(name) or "" for row in parsed],
+            dtype=np.float64 if name in _NUMBERS else str,
+        )
+        for name in columns
+    }
+    return Predictions(
+        classes,
+        np.array([row["truth"] for row in parsed]),
+        np.array([[row[name] for name in classes] for row in parsed]),
+        np.array([row["lesion_id"] for row in parsed], object),
+        np.array([row["image_id"] for row in parsed], object),
+        pd.DataFrame(metadata),
+    )
+
+
+def _parse(
+    path: str | os.PathLike, rows: Iterable[tuple[int, dict[str, Any]]], classes: Classes
+) -> list[str]:
+    """Turns texts into labels and numbers, in place, and returns what is wrong with them."""
     faults = []
-    seen = {}  # image -> its first line
+    seen: dict[str, int] = {}  # image -> its first line
     for line, row in rows:
         first = seen.setdefault(row["image_id"], line)
         if first != line:
@@ -203,29 +232,12 @@ def read(path: str | os.PathLike, classes: Classes | None = None) -> Predictions
                 f"{path}, line {line}: truth must be one of {', '.join(classes)}, each"
                 " probability a finite number, age and ood_score a number or empty."
             )
-    if faults:
-        raise InputError(faults)
-    columns = dict.fromkeys(
-        name for name in (*header, *METADATA) if name not in (*_NAMES, *classes)
-    )
-    metadata = {
-        name: pd.Series(
-            [row[name] if name in _NUMBERS else row.get(name) or "" for _, row in rows],
-            dtype=np.float64 if name in _NUMBERS else str,
-        )
-        for name in columns
-    }
-    return Predictions(
-        classes,
-        np.array([row["truth"] for _, row in rows]),
-        np.array([[row[name] for name in classes] for _, row in rows]),
-        [row["lesion_id"] for _, row in rows],
-        [row["image_id"] for _, row in rows],
-        pd.DataFrame(metadata, index=range(len(rows))),
-    )
+    return faults
 
 
-def write_csv(path: str | os.PathLike, header: Sequence[str], rows) -> None:
+def write_csv(
+    path: str | os.PathLike, header: Sequence[str], rows: Iterable[Sequence[Any]]
+) -> None:
     """Writes rows sorted by their first column; floats in the shortest text that is exact."""
     files.write_text(path, escape.csv_text([header, *sorted(rows, key=lambda row: row[0])]))
 
@@ -242,4 +254,4 @@ def _classes_of(path: str | os.PathLike, header: Sequence[str]) -> Classes:
     except ValueError as error:
         absent = [name for name in _NAMES if name not in header]
         why = f"it lacks {', '.join(absent)}." if absent else f"of its columns: {error}"
-        raise InputError(f"{path} is no predictions file: {why}") from error
+        raise InputError(f"{path} is not a predictions file: {why}") from error

@@ -1,6 +1,7 @@
 """How good what a person acts on is: prediction sets, the malignancy flag, and abstention."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -61,12 +62,13 @@ def flag(
     truth = is_malignant(predictions.labels, predictions.classes)
     score, flagged = calibrated.malignancy, calibrated.flagged
     names = ("auc", "sensitivity", "specificity")
-    about = {
+    names_of_intervals = [f"{name}_interval" for name in names]
+    counted = {
         "num_malignant": int(truth.sum()),
         "threshold": _mean(calibrated.thresholds["malignant"]),
     }
     if truth.all() or not truth.any():
-        return dict.fromkeys((*names, *(f"{name}_interval" for name in names))) | about
+        return dict.fromkeys((*names, *names_of_intervals)) | counted
     pair = np.stack([1 - score, score], axis=-1)
     figures = bootstrap.Figures(truth.astype(int), pair, ranked=[1])
 
@@ -82,11 +84,10 @@ def flag(
     found = measured(np.ones((len(truth), 1)))[:, 0].tolist()
     resamples = bootstrap.resamples(truth, predictions.lesion_ids, num_draws, seed)
     intervals = map(bootstrap.interval, np.concatenate([measured(w) for w in resamples], axis=-1))
-    names_of_intervals = (f"{name}_interval" for name in names)
     return (
         dict(zip(names, found, strict=True))
         | dict(zip(names_of_intervals, intervals, strict=True))
-        | about
+        | counted
     )
 
 
@@ -170,7 +171,7 @@ def is_malignant(labels: np.ndarray, classes: Classes) -> np.ndarray:
     return np.isin(labels, classes.malignant_labels)
 
 
-def _mean(values: np.ndarray) -> float:
+def _mean(values: Sequence[float] | np.ndarray) -> float:
     """Returns the mean, whatever the order."""
     return math.fsum(values) / len(values)
 

@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ham_jax import CLASSES
 from ham_jax.data.metadata import UNKNOWN
 from ham_jax.evaluation import bootstrap
+from ham_jax.evaluation.predictions import Predictions
 
 NOT_KNOWN = "not known"
 AGE_BANDS = ("under 30", "30 to 44", "45 to 59", "60 to 74", "75 and over")
@@ -33,9 +33,7 @@ FIGURES = (
 _NUM_DRAWS = 1000
 
 
-def measure(
-    labels: np.ndarray, probabilities: np.ndarray, groups: np.ndarray, table: pd.DataFrame
-) -> dict[str, Any]:
+def measure(predictions: Predictions) -> dict[str, Any]:
     """Measures each subgroup and its gap to the other known images on the same axis.
 
     The intervals are 95 % bootstrap percentiles over lesions, drawn within each subgroup and class.
@@ -54,12 +52,9 @@ def measure(
     is a reason to look again on other images; that nothing is flagged does not show equality.
 
     Args:
-      labels: int [n], indices in CLASSES.
-      probabilities: float [n, 7].
-      groups: [n], the lesion of each image.
-      table: one row an image with any of the columns sex, age (years, nan where not known),
-        localization and dx_type; a column that is absent is not known. As for the network, an age
-        of 0 counts as not known.
+      predictions: of the images. Their metadata has any of the columns sex, age (years, nan where
+        not known), localization and dx_type; a column that is absent is not known. As for the
+        network, an age of 0 counts as not known.
 
     Returns:
       num_comparisons, and axes: {sex, age, localization, dx_type: {subgroup: {num_images,
@@ -69,15 +64,11 @@ def measure(
       classes: those compared, p: before the correction, None where lesions are too few, flagged}},
       without a figure that cannot be compared and empty for what is not known. None stands for
       what is not defined, and for the classes of overconfidence, which goes over all images.
-
-    Raises:
-      ValueError: as `metrics.compute`.
     """
-    order = bootstrap.fixed_order(labels, probabilities, groups)
-    labels, probabilities, groups = (np.asarray(a)[order] for a in (labels, probabilities, groups))
+    predictions = bootstrap.in_fixed_order(predictions)
     axes = {
-        axis: _measure_axis(labels, probabilities, groups, names[order])
-        for axis, names in _axes(table).items()
+        axis: _measure_axis(predictions, names)
+        for axis, names in _axes(predictions.metadata).items()
     }
     gaps = [
         gap
@@ -92,60 +83,74 @@ def measure(
     return {"num_comparisons": len(gaps), "axes": axes}
 
 
-def _axes(table: pd.DataFrame) -> dict[str, np.ndarray]:
+def _axes(metadata: pd.DataFrame) -> dict[str, np.ndarray]:
     """Returns the name of each image's subgroup [n] on each axis."""
     axes = {}
     for axis in ("sex", "age", "localization", "dx_type"):
-        if axis not in table:
-            names = np.full(len(table), NOT_KNOWN)
+        if axis not in metadata:
+            names = np.full(len(metadata), NOT_KNOWN)
         elif axis == "age":
-            age = table["age"].to_numpy(np.float64)
+            age = metadata["age"].to_numpy(np.float64)
             names = np.where(age > 0, np.array(AGE_BANDS)[np.digitize(age, _BOUNDS)], NOT_KNOWN)
         else:
-            words = table[axis].fillna("").astype(str).str.strip()
+            words = metadata[axis].fillna("").astype(str).str.strip()
             names = words.mask(words.str.lower().isin(UNKNOWN), NOT_KNOWN).to_numpy(str)
         axes[axis] = names
     return axes
 
 
-def _measure_axis(
-    labels: np.ndarray, probabilities: np.ndarray, groups: np.ndarray, names: np.ndarray
-) -> dict[str, Any]:
+def _measure_axis(predictions: Predictions, names: np.ndarray) -> dict[str, Any]:
     """Returns `measure`'s rows of one axis, before any gap is flagged; names are [n]."""
+    classes, labels = predictions.classes, predictions.labels
     present, subgroup = np.unique(names, return_inverse=True)
-    strata = subgroup * len(CLASSES) + labels
+    strata = subgroup * len(classes) + labels
     # The images as they are, then resampled: the first value of each figure is its own.
     as_is = np.ones((len(labels), 1))
-    weights = [as_is, *bootstrap.resamples(strata, groups, _NUM_DRAWS, seed=0)]
+    resamples = bootstrap.resamples(strata, predictions.lesion_ids, _NUM_DRAWS, seed=0)
+    weights = [as_is, *resamples]
+
+    def drawn(side: np.ndarray, ranked: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        figures = bootstrap.Figures(labels[side], predictions.probabilities[side], ranked)
+        return bootstrap.draws(figures, (chunk[side] for chunk in weights))
+
     first = [band for band in AGE_BANDS if band in present]
     last = [NOT_KNOWN] if NOT_KNOWN in present else []
     rows = {}
     for name in dict.fromkeys([*first, *(n for n in present if n not in last), *last]):
         own = names == name
         others = ~own & (names != NOT_KNOWN)
-        lesions = np.stack([_lesions(labels, groups, side) for side in (own, others)])
-        figures = bootstrap.Figures(labels[own], probabilities[own])
-        drawn = bootstrap.draws(figures, (chunk[own] for chunk in weights))
-        images = np.bincount(labels[own], minlength=len(CLASSES)).tolist()
+        lesions = np.stack([_lesions(predictions, side) for side in (own, others)])
+        drawn_of_own = drawn(own)
+        images = np.bincount(labels[own], minlength=len(classes)).tolist()
         rows[str(name)] = {
             "num_images": sum(images),
             "num_lesions": int(lesions[0].sum()),
-            "classes": {dx: n for dx, n in zip(CLASSES, images, strict=True) if n},
-            **{figure: _with_interval(drawn[figure]) for figure in FIGURES},
+            "classes": {dx: n for dx, n in zip(classes, images, strict=True) if n},
+            **{figure: _with_interval(drawn_of_own[figure]) for figure in FIGURES},
             "gaps": {},
         }
         if name != NOT_KNOWN and others.any():
             common = np.flatnonzero((lesions >= MIN_CLASS_LESIONS).all(axis=0))
-            figures = bootstrap.Figures(labels[others], probabilities[others], common)
-            drawn_of_others = bootstrap.draws(figures, (chunk[others] for chunk in weights))
+            gaps = _gaps(drawn_of_own, drawn(others, common), common)
             enough = bool((lesions.sum(axis=1) >= MIN_LESIONS).all())
-            rows[str(name)]["gaps"] = _gaps(drawn, drawn_of_others, common, enough)
+            rows[str(name)]["gaps"] = {
+                figure: {
+                    **_with_interval(values),
+                    "classes": None if of is None else [classes.names[k] for k in of],
+                    "p": _p_value(values) if enough else None,
+                    "flagged": False,
+                }
+                for figure, (values, of) in gaps.items()
+            }
     return rows
 
 
-def _lesions(labels: np.ndarray, groups: np.ndarray, side: np.ndarray) -> np.ndarray:
-    """Returns how many lesions of each class int [7] the images in bool [n] show."""
-    return np.array([len(np.unique(groups[side & (labels == k)])) for k in range(len(CLASSES))])
+def _lesions(predictions: Predictions, side: np.ndarray) -> np.ndarray:
+    """Returns how many lesions of each class int [C] the images in bool [n] show."""
+    labels, lesion_ids = predictions.labels, predictions.lesion_ids
+    return np.array(
+        [len(np.unique(lesion_ids[side & (labels == k)])) for k in range(len(predictions.classes))]
+    )
 
 
 def _with_interval(values: np.ndarray) -> dict[str, Any]:
@@ -155,26 +160,26 @@ def _with_interval(values: np.ndarray) -> dict[str, Any]:
 
 
 def _gaps(
-    own: dict[str, np.ndarray], others: dict[str, np.ndarray], common: np.ndarray, enough: bool
-) -> dict[str, Any]:
-    """Returns a subgroup's gaps from `bootstrap.draws` of both sides."""
-    gaps = {}
+    own: dict[str, np.ndarray], others: dict[str, np.ndarray], common: np.ndarray
+) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+    """Returns a subgroup's gaps from `bootstrap.draws` of both sides.
+
+    Args:
+      own: of the subgroup.
+      others: of the others.
+      common: int [k], the classes that both sides have enough lesions of.
+
+    Returns:
+      {figure: (its gap in each resample, the labels compared or None)}.
+    """
+    gaps: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
     for figure, of_class in (("balanced_accuracy", "sensitivity"), ("macro_auc", "auc")):
         differences = own[of_class][common] - others[of_class][common]
         defined = ~np.isnan(differences).any(axis=1)
         if defined.any():
-            compared = [CLASSES[k] for k in common[defined]]
-            gaps[figure] = (differences[defined].mean(axis=0), compared)
+            gaps[figure] = (differences[defined].mean(axis=0), common[defined])
     gaps["overconfidence"] = (own["overconfidence"] - others["overconfidence"], None)
-    return {
-        figure: {
-            **_with_interval(values),
-            "classes": compared,
-            "p": _p_value(values) if enough else None,
-            "flagged": False,
-        }
-        for figure, (values, compared) in gaps.items()
-    }
+    return gaps
 
 
 def _p_value(values: np.ndarray) -> float:

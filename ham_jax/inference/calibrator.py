@@ -96,9 +96,9 @@ class Calibrator:
     def mismatch(self, provenance: Mapping[str, Any]) -> str:
         """Returns in which settings probabilities differ from those it was fitted on; else ''."""
         return ", ".join(
-            f"{name} = {provenance[key]} (calibrated with {self.fitted_on.get(key)})"
+            f"{name} = {provenance.get(key)} (calibrated with {self.fitted_on.get(key)})"
             for key, name in _SETTINGS.items()
-            if provenance[key] != self.fitted_on.get(key)
+            if provenance.get(key) != self.fitted_on.get(key)
         )
 
     def write(self, workdir: Path) -> None:
@@ -136,20 +136,16 @@ def read(workdir: Path, classes: Classes) -> Calibrator | None:
             f" {how_to_make(workdir)}"
         )
     try:
-        calibrator = Calibrator(
-            classes,
-            {name: _of_one_level(content["methods"][name], content) for name in METHODS},
-            dict(content["fitted_on"]),
-        )
-        same = content["classes"] == list(classes)
+        methods = {name: _of_one_level(content["methods"][name], content) for name in METHODS}
+        calibrator = Calibrator(classes, methods, dict(content["fitted_on"]))
         calibrator.apply("none", np.full((1, len(classes)), 1 / len(classes)))
+        if content["classes"] != list(classes):
+            raise ValueError(content["classes"])
     # OverflowError: a number of 400 digits.
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        same = False
-    if not same:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(
             f"{path} was not written by this version of ham_jax. {how_to_make(workdir)}"
-        )
+        ) from error
     return calibrator
 
 

@@ -56,8 +56,9 @@ class Calibrated:
 
     @property
     def flagged(self) -> np.ndarray:
-        """Whether each image is flagged as malignant, bool [n]."""
-        return self.malignancy >= self.thresholds["malignant"]
+        """Whether each image is flagged as malignant, bool [n]; none is where no class is."""
+        reached = self.malignancy >= self.thresholds["malignant"]
+        return reached & bool(self.classes.malignant)
 
     def sets(self, kind: str) -> np.ndarray:
         """Returns which diagnoses are in each image's set, bool [n, C]; `kind` is one of KINDS."""
