@@ -58,9 +58,9 @@ def augment(
     else:
         boxes = jnp.asarray(preprocess.central_boxes(batch_size, height, width, 1.0))
     k = jax.random.randint(keys[_DIHEDRAL], (batch_size,), 0, 8) if config.dihedral else 0
-    if config.strength and (config.rotation or config.shear):
+    if config.strength and config.rotation:
         rotation = math.radians(config.rotation) * config.strength
-        matrix = draw_warp(keys[_WARP], batch_size, rotation, config.shear * config.strength)
+        matrix = draw_warp(keys[_WARP], batch_size, rotation, 0.0)
         view = preprocess.dihedral(resample_warped(image, boxes, matrix, config.crop_px), k)
     elif config.dihedral:
         view = preprocess.resample_dihedral(image, boxes, k, config.crop_px)

@@ -44,7 +44,7 @@ def make_loss(config: ml_collections.ConfigDict, class_counts: np.ndarray) -> Lo
         per_class = cross_entropy
     else:
         _refuse_empty(counts, config.imbalance)
-        weights = class_weights(config.imbalance, counts, config.effective_beta)
+        weights = class_weights(config.imbalance, counts, 0.0)
         spread = 1 / weights
         per_class = weighted(weights)
     spread = spread / spread.sum()

@@ -41,7 +41,7 @@ def schedule(
             " must end before the run; shorten the one or lengthen the other."
         )
     peak = config.learning_rate
-    if config.schedule == "constant":
+    if False:
         after = optax.constant_schedule(peak)
     else:
         after = optax.cosine_decay_schedule(peak, num_steps - warmup_steps)
