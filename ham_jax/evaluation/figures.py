@@ -41,7 +41,7 @@ _PAGE_COLORS = {"currentColor": "#010101"} | {
 _INK, _MUTED, _LINE, _ACCENT, _WARN, *_OF_CLASS = _PAGE_COLORS.values()
 _SIZE = (4.6, 4.2)  # inches; small enough that letters stay legible on a phone
 _WIDE = (4.6, 3.3)
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # letters, not outlines
     "font.size": 10.5,
     "text.color": _INK,
@@ -98,7 +98,8 @@ def roc(predictions: Predictions, per_class: Mapping[str, Any]) -> str:
                 )
                 axes.plot(x, y, label=f"{dx}  {auc:.3f}", **_line_of(classes, k))
         _unit_square(axes, "1 - specificity", "sensitivity")
-        _legend_of_classes(axes, classes, "AUC", "lower right")
+        if len(classes) <= MAX_LEGEND:
+            axes.legend(title="AUC", loc="lower right")
 
     return _svg("roc", "ROC curve of each diagnosis against the rest", _SIZE, draw)
 
@@ -118,7 +119,8 @@ def precision_recall(predictions: Predictions, per_class: Mapping[str, Any]) -> 
                 label = f"{dx}  {area:.3f}"
                 axes.step(x, y, where="post", label=label, **_line_of(classes, k))
         _unit_square(axes, "sensitivity (recall)", "precision")
-        _legend_of_classes(axes, classes, "average precision", "lower left")
+        if len(classes) <= MAX_LEGEND:
+            axes.legend(title="average precision", loc="lower left")
 
     return _svg("pr", "Precision against recall of each diagnosis", _SIZE, draw)
 
@@ -201,7 +203,7 @@ def ood_scores(scores: np.ndarray) -> str:
 
     def draw(axes: Axes) -> None:
         high = max(1.2, float(np.quantile(scores, 0.999)))
-        edges = np.linspace(min(float(scores.min()), 1), high, 41)
+        edges = np.linspace(min(float(scores.min()), 1), high, 41).tolist()
         axes.hist(np.minimum(scores, high), edges, color=_ACCENT, alpha=0.75)
         axes.axvline(1, color=_WARN)
         axes.annotate(
@@ -219,11 +221,6 @@ def _line_of(classes: Classes, k: int) -> dict[str, Any]:
     """Returns a class's line: benign ones are dashed, where some are malignant."""
     solid = not classes.malignant or k in classes.malignant_labels
     return {"color": _OF_CLASS[k], "linestyle": "-" if solid else (0, (4, 1.3))}
-
-
-def _legend_of_classes(axes: Axes, classes: Classes, title: str, place: str) -> None:
-    if len(classes) <= MAX_LEGEND:
-        axes.legend(title=title, loc=place)
 
 
 def _diagonal(axes: Axes) -> None:
@@ -255,10 +252,10 @@ def _svg(name: str, description: str, size: tuple[float, float], draw) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the same in each figure, and nothing points there
-    width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups()
+    label = html.escape(description)
     svg = re.sub(
-        "<svg[^>]*>",
-        f'<svg role="img" aria-label="{html.escape(description)}" viewBox="0 0 {width} {height}">',
+        r'<svg[^>]*(viewBox="[^"]*")[^>]*>',
+        lambda tag: f'<svg role="img" aria-label="{label}" {tag[1]}>',
         svg,
         count=1,
     )

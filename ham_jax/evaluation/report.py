@@ -186,8 +186,7 @@ def measure(evidence: Evidence) -> dict[str, Any]:
     split = numbers.get("split")
     cross_fitted = split not in HELD_OUT
     calibrated, note = _calibrated(evidence)
-    known = judged.metadata[list(METADATA)]
-    known = ((known != "") & known.notna()).any(axis=None)
+    known = judged.metadata.loc[:, list(METADATA)]
     found = metrics.compute(judged)
     facts = {
         **found,
@@ -199,7 +198,7 @@ def measure(evidence: Evidence) -> dict[str, Any]:
         "model": _model(config),
         "synthetic": bool(_key(config, "data.synthetic_images")),
         "split": split,
-        "split_name": _SPLITS.get(split, "not known, as there is no metrics.json"),
+        "split_name": _SPLITS.get(split or "", "not known, as there is no metrics.json"),
         "num_lesions": judged.num_lesions,
         "isic": isic.score(judged) if split == "test" and isic.knows(judged.classes) else None,
         **(
@@ -211,9 +210,11 @@ def measure(evidence: Evidence) -> dict[str, Any]:
         "best_name": calibrated.method if calibrated else "none, uncalibrated",
         "cross_fitted": calibrated is not None and cross_fitted,
         "ood": _ood(judged),
-        "subgroups": subgroups.measure(judged) if known else None,
+        "subgroups": (
+            subgroups.measure(judged) if (known.notna() & (known != "")).to_numpy().any() else None
+        ),
         "robustness": _robustness(evidence.robustness),
-        "panels": evidence.panels and {**evidence.panels, "stale": _is_stale(evidence)},
+        "panels": _panels(evidence),
         "hardest": _hardest(judged),
         "audit": evidence.audit,
         "config": _config_rows(config),
@@ -233,7 +234,7 @@ def render(facts: Mapping[str, Any]) -> tuple[str, str]:
     """Returns the page and the model card, texts, of what `measure` returned."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=lambda name: ".html" in name,
+        autoescape=lambda name: ".html" in str(name),
         undefined=jinja2.StrictUndefined,
         finalize=lambda value: escape.shown(value) if type(value) is str else value,
         trim_blocks=True,
@@ -497,16 +498,19 @@ def _hardest(judged: Predictions) -> list[dict[str, Any]]:
     ]
 
 
-def _is_stale(evidence: Evidence) -> bool:
-    """Returns whether the panels show another evaluation than the predictions."""
+def _panels(evidence: Evidence) -> dict[str, Any] | None:
+    """Returns the panels, and whether they show another evaluation than the predictions."""
     numbers, panels = evidence.numbers, evidence.panels
-    return any(numbers.get(key, panels[key]) != panels[key] for key in ("split", "step"))
+    if panels is None:
+        return None
+    stale = any(numbers.get(key, panels[key]) != panels[key] for key in ("split", "step"))
+    return {**panels, "stale": stale}
 
 
 def _baseline(per_class: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Returns what always giving the most frequent answer is worth."""
     counts = {dx: row["num_images"] for dx, row in per_class.items()}
-    answer = max(counts, key=counts.get)
+    answer = max(counts, key=counts.__getitem__)
     return {
         "answer": answer,
         "accuracy": counts[answer] / sum(counts.values()),
