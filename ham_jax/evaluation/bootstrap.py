@@ -29,7 +29,7 @@ def intervals(predictions: Predictions, num_draws: int = 2000, seed: int = 0) ->
     """Returns 95 % percentile intervals of the figures of `metrics.compute`.
 
     A calibration error is a sum of absolute values, to which the noise of a resample adds: its
-    interval is optimistically biased upwards and may lie above the figure itself.
+    interval is biased upwards and may lie above the figure itself.
 
     Args:
       predictions: of the images.

@@ -17,18 +17,31 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from sklearn import metrics as sklearn_metrics
 
-from ham_jax import CLASSES
-from ham_jax.evaluation import decision
+from ham_jax.classes import MAX_CLASSES, Classes
+from ham_jax.evaluation.predictions import Predictions
+
+MAX_LEGEND = 12
+"""A curve of more classes has no legend: it would hide the lines."""
+
+# Of the first classes, on a light and on a dark page; those of further classes are computed.
+_CLASS_COLORS = (
+    *(("#c2500a", "#ff9c5b"), ("#9a7500", "#e5c04a"), ("#00795a", "#4fd0a5")),
+    *(("#7447a6", "#c3a0ee"), ("#c01862", "#ff7db0"), ("#1769b5", "#74b5f7")),
+    ("#7a5a46", "#cfae9a"),
+)
+_GOLDEN_ANGLE = 137.5  # degrees: multiples of it never come close to each other
 
 # Colours that matplotlib draws with, each of which becomes one of the page's.
 _PAGE_COLORS = {"currentColor": "#010101"} | {
     f"var(--{name})": f"#0202{number:02x}"
-    for number, name in enumerate(("muted", "line", "accent", "warn", *CLASSES))
+    for number, name in enumerate(
+        ("muted", "line", "accent", "warn", *(f"dx{k}" for k in range(MAX_CLASSES)))
+    )
 }
 _INK, _MUTED, _LINE, _ACCENT, _WARN, *_OF_CLASS = _PAGE_COLORS.values()
 _SIZE = (4.6, 4.2)  # inches; small enough that letters stay legible on a phone
 _WIDE = (4.6, 3.3)
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # letters, not outlines
     "font.size": 10.5,
     "text.color": _INK,
@@ -54,41 +67,60 @@ _STYLE = {
 }
 
 
-def roc(labels: np.ndarray, probabilities: np.ndarray, per_class: Mapping[str, Any]) -> str:
+def class_colors(num_classes: int) -> list[dict[str, str]]:
+    """Returns of each class its colour: the `name` in the style sheet, `light` and `dark`."""
+    further = [
+        (f"hsl({hue:.0f} 62% 34%)", f"hsl({hue:.0f} 75% 74%)")
+        for hue in (_GOLDEN_ANGLE * k % 360 for k in range(num_classes - len(_CLASS_COLORS)))
+    ]
+    return [
+        {"name": f"dx{k}", "light": light, "dark": dark}
+        for k, (light, dark) in enumerate([*_CLASS_COLORS, *further][:num_classes])
+    ]
+
+
+def roc(predictions: Predictions, per_class: Mapping[str, Any]) -> str:
     """Draws sensitivity against specificity, a line a class that some images are and some not.
 
     Args:
-      labels: int [n], indices in CLASSES.
-      probabilities: float [n, 7].
+      predictions: n images.
       per_class: of `metrics.compute`.
     """
+    classes = predictions.classes
 
     def draw(axes: Axes) -> None:
         _diagonal(axes)
-        for k, dx in enumerate(CLASSES):
+        for k, dx in enumerate(classes):
             auc = per_class[dx]["auc"]
             if auc is not None:
-                x, y, _ = sklearn_metrics.roc_curve(labels == k, probabilities[:, k])
-                axes.plot(x, y, label=f"{dx}  {auc:.3f}", **_line_of(k))
+                x, y, _ = sklearn_metrics.roc_curve(
+                    predictions.labels == k, predictions.probabilities[:, k]
+                )
+                axes.plot(x, y, label=f"{dx}  {auc:.3f}", **_line_of(classes, k))
         _unit_square(axes, "1 - specificity", "sensitivity")
-        axes.legend(title="AUC", loc="lower right")
+        if len(classes) <= MAX_LEGEND:
+            axes.legend(title="AUC", loc="lower right")
 
     return _svg("roc", "ROC curve of each diagnosis against the rest", _SIZE, draw)
 
 
-def precision_recall(
-    labels: np.ndarray, probabilities: np.ndarray, per_class: Mapping[str, Any]
-) -> str:
+def precision_recall(predictions: Predictions, per_class: Mapping[str, Any]) -> str:
     """Draws precision against sensitivity, a line a class that has images; see `roc`."""
+    classes = predictions.classes
 
     def draw(axes: Axes) -> None:
-        for k, dx in enumerate(CLASSES):
-            if (labels == k).any():
-                y, x, _ = sklearn_metrics.precision_recall_curve(labels == k, probabilities[:, k])
+        for k, dx in enumerate(classes):
+            truth = predictions.labels == k
+            if truth.any():
+                y, x, _ = sklearn_metrics.precision_recall_curve(
+                    truth, predictions.probabilities[:, k]
+                )
                 area = per_class[dx]["average_precision"]
-                axes.step(x, y, where="post", label=f"{dx}  {area:.3f}", **_line_of(k))
+                label = f"{dx}  {area:.3f}"
+                axes.step(x, y, where="post", label=label, **_line_of(classes, k))
         _unit_square(axes, "sensitivity (recall)", "precision")
-        axes.legend(title="average precision", loc="lower left")
+        if len(classes) <= MAX_LEGEND:
+            axes.legend(title="average precision", loc="lower left")
 
     return _svg("pr", "Precision against recall of each diagnosis", _SIZE, draw)
 
@@ -115,7 +147,7 @@ def reliability(tables: Mapping[str, Mapping[str, list]], method: str) -> str:
                 *(confidence, accuracy),
                 *("-" if in_use else "--",),
                 color=color,
-                label="as the network says" if name == "none" else f"after {name}",
+                label="uncalibrated" if name == "none" else f"after {name}",
             )
             axes.scatter(confidence, accuracy, 200 * counts[filled] / counts.sum() + 6, color=color)
         _unit_square(axes, "confidence", "share that is right")
@@ -128,8 +160,8 @@ def malignancy(curve: Mapping[str, list[float]], flag: Mapping[str, Any]) -> str
     """Draws the ROC curve of malignant-or-not and where the flag is on it.
 
     Args:
-      curve: of `decision.roc`.
-      flag: of `decision.flag`.
+      curve: of `selective.roc`.
+      flag: of `selective.flag`.
     """
 
     def draw(axes: Axes) -> None:
@@ -153,7 +185,7 @@ def malignancy(curve: Mapping[str, list[float]], flag: Mapping[str, Any]) -> str
 
 
 def risk_coverage(curve: Mapping[str, list[float]]) -> str:
-    """Draws the share of wrong answers among those given; of `decision.risk_coverage`."""
+    """Draws the share of wrong answers among those given; of `selective.risk_coverage`."""
 
     def draw(axes: Axes) -> None:
         coverage = np.array(curve["coverage"])
@@ -171,7 +203,7 @@ def ood_scores(scores: np.ndarray) -> str:
 
     def draw(axes: Axes) -> None:
         high = max(1.2, float(np.quantile(scores, 0.999)))
-        edges = np.linspace(min(float(scores.min()), 1), high, 41)
+        edges = np.linspace(min(float(scores.min()), 1), high, 41).tolist()
         axes.hist(np.minimum(scores, high), edges, color=_ACCENT, alpha=0.75)
         axes.axvline(1, color=_WARN)
         axes.annotate(
@@ -185,10 +217,10 @@ def ood_scores(scores: np.ndarray) -> str:
     return _svg("ood", "How unlike training the photographs are", _WIDE, draw)
 
 
-def _line_of(k: int) -> dict[str, Any]:
-    """Returns a class's line: malignant ones are drawn through, benign ones dashed."""
-    dashes = "-" if CLASSES[k] in decision.MALIGNANT else (0, (4, 1.3))
-    return {"color": _OF_CLASS[k], "linestyle": dashes}
+def _line_of(classes: Classes, k: int) -> dict[str, Any]:
+    """Returns a class's line: benign ones are dashed, where some are malignant."""
+    solid = not classes.malignant or k in classes.malignant_labels
+    return {"color": _OF_CLASS[k], "linestyle": "-" if solid else (0, (4, 1.3))}
 
 
 def _diagonal(axes: Axes) -> None:
@@ -220,10 +252,10 @@ def _svg(name: str, description: str, size: tuple[float, float], draw) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the same in each figure, and nothing points there
-    width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups()
+    label = html.escape(description)
     svg = re.sub(
-        "<svg[^>]*>",
-        f'<svg role="img" aria-label="{html.escape(description)}" viewBox="0 0 {width} {height}">',
+        r'<svg[^>]*(viewBox="[^"]*")[^>]*>',
+        lambda tag: f'<svg role="img" aria-label="{label}" {tag[1]}>',
         svg,
         count=1,
     )

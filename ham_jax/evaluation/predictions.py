@@ -100,8 +100,8 @@ class Predictions:
         metadata = table.loc[:, list(METADATA)]
         if ood_scores is not None:
             metadata = metadata.assign(ood_score=ood_scores)
-        ids = [table[name].to_numpy() for name in ("lesion_id", "image_id")]
-        return cls(classes, images.labels, probabilities, *ids, metadata)
+        lesion_ids, image_ids = table["lesion_id"].to_numpy(), table["image_id"].to_numpy()
+        return cls(classes, images.labels, probabilities, lesion_ids, image_ids, metadata)
 
     @property
     def truth(self) -> np.ndarray:

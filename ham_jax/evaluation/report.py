@@ -23,33 +23,30 @@ import numpy as np
 import pandas as pd
 import sklearn
 
-from ham_jax import CLASSES, DISCLAIMER, console, escape, files, reading
+from ham_jax import DISCLAIMER, console, escape, files, reading
 from ham_jax import config as configuration
+from ham_jax.classes import Classes
 from ham_jax.config import InputError
 from ham_jax.data import image as image_files
 from ham_jax.evaluation import (
     bootstrap,
     calibration,
-    decision,
     figures,
     isic,
-    judgement,
     metrics,
+    predictions,
+    selective,
     subgroups,
 )
+from ham_jax.evaluation.calibration import HELD_OUT
+from ham_jax.evaluation.predictions import METADATA, Predictions
+from ham_jax.inference import calibrator, decision
+from ham_jax.inference.calibrator import Calibrator
+from ham_jax.inference.decision import Calibrated
 
 FILE, CARD = "report.html", "model_card.md"
 PANELS = "explanations"
 
-NAMES = {
-    "akiec": "actinic keratosis, Bowen's disease",
-    "bcc": "basal cell carcinoma",
-    "bkl": "benign keratosis",
-    "df": "dermatofibroma",
-    "mel": "melanoma",
-    "nv": "nevus",
-    "vasc": "vascular lesion",
-}
 INTENDED = "education and research: how such networks are trained, measured and explained"
 OUT_OF_SCOPE = (
     "diagnosis, triage or any other decision about a person, nor for photographs taken without a"
@@ -67,7 +64,7 @@ _AXES = {
     "sex": "sex",
     "age": "age",
     "localization": "site",
-    "dx_type": "how the truth was found",
+    "dx_type": "method of diagnosis",
 }
 _SPLITS = {
     "val": "validation",
@@ -75,7 +72,6 @@ _SPLITS = {
     "train": "training",
     "crossval": "all folds, each image by the network that never saw its lesion",
 }
-_FIXED = ("test", "train")  # nothing is fitted on them: a run's calibration is applied as it is
 _PROGRAM = "python -m ham_jax.main"
 _NOTHING = "\N{EN DASH}"  # for what is not defined
 _NUM_HARDEST = 20
@@ -90,21 +86,21 @@ class Evidence:
 
     Attributes:
       workdir: the folder.
-      table: of `metrics.read_table`.
+      predictions: of predictions.csv.
       numbers: metrics.json; empty where it is missing.
       config: config.json.
-      calibration: of `judgement.read`.
-      folds: of a cross-validation, the rows of `table` a fold.
+      calibrator: of calibration.json.
+      folds: of a cross-validation, the rows of `predictions` that each fold validates.
       robustness: robustness.csv.
       audit: audit.csv, a row a class.
       panels: of explanations/ the step and the pictures: {name, said, data}.
     """
 
     workdir: Path
-    table: pd.DataFrame
+    predictions: Predictions
     numbers: Mapping[str, Any]
     config: Mapping[str, Any] | None
-    calibration: tuple[judgement.Fitted, dict[str, Any]] | None
+    calibrator: Calibrator | None
     folds: list[np.ndarray]
     robustness: pd.DataFrame | None
     audit: list[dict[str, str]]
@@ -166,70 +162,63 @@ def read(workdir: Path) -> Evidence:
             f"{workdir / 'predictions.csv'} is missing, from which a report is made. It is written"
             f" by training and by --mode=eval --workdir={workdir}."
         )
-    table = get(_read_predictions, "predictions.csv", None)
-    evidence = Evidence(
-        workdir,
-        table,
-        get(_read_numbers, "metrics.json", {}),
+    numbers = get(_read_numbers, "metrics.json", {})
+    judged = get(lambda p: _read_predictions(p, _classes(numbers)), "predictions.csv", None)
+    rest = (
         get(reading.read_json, "config.json", None)
         or get(reading.read_json, "fold0/config.json", None),
-        get(lambda _: judgement.read(workdir), judgement.FILE, None),
-        get(lambda _: _read_folds(workdir, table), "fold0", []),
+        judged and get(lambda _: calibrator.read(workdir, judged.classes), calibrator.FILE, None),
+        judged and get(lambda _: _read_folds(workdir, judged), "fold0", []),
         get(_read_robustness, "robustness.csv", None),
         get(_read_audit, "audit.csv", []) or get(_read_audit, "fold0/audit.csv", []),
         get(_read_panels, f"{PANELS}/manifest.json", None),
     )
-    if not faults:
-        faults += _mismatch(evidence)
+    if not faults and numbers:
+        faults += _mismatch(workdir, judged, numbers)
     if faults:
         raise InputError(faults)
-    return evidence
+    return Evidence(workdir, judged, numbers, *rest)
 
 
 def measure(evidence: Evidence) -> dict[str, Any]:
     """Returns all that page and card say: numbers, texts, and figures as SVG."""
-    labels, probabilities, groups = _arrays(evidence.table)
-    numbers, config = evidence.numbers, evidence.config or {}
+    judged, numbers, config = evidence.predictions, evidence.numbers, evidence.config or {}
     split = numbers.get("split")
-    judged, judged_note = _judged(evidence)
-    if judged is None:
-        measured = {key: numbers.get(key) for key in ("calibration", "decision")}
-        best_name = "none, as the network says"
-    else:
-        measured = judgement.measure(labels, groups, judged, split not in _FIXED)
-        best_name = judged.method
-    known = evidence.table[list(metrics.KNOWN)]
-    known = ((known != "") & known.notna()).any(axis=None)
-    found = metrics.compute(labels, probabilities)
+    cross_fitted = split not in HELD_OUT
+    calibrated, note = _calibrated(evidence)
+    known = judged.metadata.loc[:, list(METADATA)]
+    found = metrics.compute(judged)
     facts = {
         **found,
-        "intervals": bootstrap.intervals(labels, probabilities, groups),
+        "classes": judged.classes,
+        "is_ham10000": isic.knows(judged.classes),
+        "intervals": bootstrap.intervals(judged),
         "baseline": _baseline(found["per_class"]),
         "name": evidence.workdir.resolve().name,
         "model": _model(config),
         "synthetic": bool(_key(config, "data.synthetic_images")),
         "split": split,
-        "split_name": _SPLITS.get(split, "not known, as there is no metrics.json"),
-        "num_lesions": len(set(groups)),
-        "isic": (
-            isic.score(evidence.table["image_id"].tolist(), labels, probabilities)
-            if split == "test"
-            else None
+        "split_name": _SPLITS.get(split or "", "not known, as there is no metrics.json"),
+        "num_lesions": judged.num_lesions,
+        "isic": isic.score(judged) if split == "test" and isic.knows(judged.classes) else None,
+        **(
+            calibration.measure(judged, calibrated, cross_fitted)
+            if calibrated
+            else {key: numbers.get(key) for key in ("calibration", "decision")}
         ),
-        **measured,
-        "judged_note": judged_note,
-        "best_name": best_name,
-        "cross_fitted": judged is not None and split not in _FIXED,
-        "ood": _ood(evidence.table),
+        "calibration_note": note,
+        "best_name": calibrated.method if calibrated else "none, uncalibrated",
+        "cross_fitted": calibrated is not None and cross_fitted,
+        "ood": _ood(judged),
         "subgroups": (
-            subgroups.measure(labels, probabilities, groups, evidence.table) if known else None
+            subgroups.measure(judged) if (known.notna() & (known != "")).to_numpy().any() else None
         ),
         "robustness": _robustness(evidence.robustness),
-        "panels": evidence.panels and {**evidence.panels, "stale": _is_stale(evidence)},
-        "hardest": _hardest(evidence.table, labels, probabilities),
+        "panels": _panels(evidence),
+        "hardest": _hardest(judged),
         "audit": evidence.audit,
         "config": _config_rows(config),
-        "limits": _limits(split, labels, groups),
+        "limits": _limits(split, judged),
         "command": f"{_PROGRAM} --mode=report --workdir={shlex.quote(str(evidence.workdir))}",
         "provenance": _provenance(numbers),
         "parts": numbers.get("members") or numbers.get("folds"),
@@ -238,14 +227,14 @@ def measure(evidence: Evidence) -> dict[str, Any]:
     facts["flagged"] = _flagged(facts["subgroups"])
     commands = _commands(evidence)
     facts["missing"] = {what: command for what, command in commands.items() if not facts[what]}
-    return facts | {"figures": _figures(facts, labels, probabilities, judged, evidence.table)}
+    return facts | {"figures": _figures(facts, judged, calibrated)}
 
 
 def render(facts: Mapping[str, Any]) -> tuple[str, str]:
     """Returns the page and the model card, texts, of what `measure` returned."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=lambda name: ".html" in name,
+        autoescape=lambda name: ".html" in str(name),
         undefined=jinja2.StrictUndefined,
         finalize=lambda value: escape.shown(value) if type(value) is str else value,
         trim_blocks=True,
@@ -261,16 +250,19 @@ def render(facts: Mapping[str, Any]) -> tuple[str, str]:
             _NOTHING if value is None else f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
         ),
         "words": lambda name: str(name).replace("_", " ").replace("auc", "AUC"),
+        "sentence": lambda text: text[:1].upper() + text[1:],
         "cell": _cell,
         "code": _code,
     }
     common = {
         **facts,
         "facts": facts,
-        "classes": CLASSES,
-        "names": NAMES,
+        "metrics": metrics.METRICS,
+        "colors": dict(
+            zip(facts["classes"], figures.class_colors(len(facts["classes"])), strict=True)
+        ),
+        "has_legend": len(facts["classes"]) <= figures.MAX_LEGEND,
         "calibration_methods": _methods(facts["calibration"]),
-        "malignant": decision.MALIGNANT,
         "sensitivity": decision.SENSITIVITY,
         "min_lesions": subgroups.MIN_LESIONS,
         "axes": _AXES,
@@ -287,7 +279,7 @@ def render(facts: Mapping[str, Any]) -> tuple[str, str]:
 def _commands(evidence: Evidence) -> dict[str, str]:
     """Returns the command that makes what each section needs, whether or not it is there."""
     folder, split = shlex.quote(str(evidence.workdir)), evidence.numbers.get("split")
-    chosen = f" --split={split}" if split in _FIXED else ""
+    chosen = f" --split={split}" if split in HELD_OUT else ""
     where = run = f"--workdir={folder}"
     if split == "crossval":
         evaluate = f"{_PROGRAM} --mode=crossval --config=CONFIG {where}"
@@ -321,24 +313,37 @@ def _read_numbers(path: Path) -> dict[str, Any]:
         )
         if not whole:
             raise ValueError(f"{name} = {value!r:.100}")
+    _classes(numbers)
     return numbers
 
 
-def _read_predictions(path: Path) -> pd.DataFrame:
-    table = metrics.read_table(path)
-    if not np.allclose(table[list(CLASSES)].sum(axis=1), 1):
-        raise ValueError("seven probabilities do not sum to 1 in each line")
-    return table
+def _classes(numbers: Mapping[str, Any]) -> Classes | None:
+    """Returns the classes that metrics.json names; None where it names none.
+
+    Raises:
+      ValueError: they cannot be classes.
+    """
+    if "classes" not in numbers:
+        return None
+    if "malignant" not in numbers:
+        return Classes.from_json(numbers["classes"])
+    fields = {name: numbers.get(name, ()) for name in ("malignant", "titles")}
+    return Classes.from_json({"names": numbers["classes"], **fields})
 
 
-def _read_folds(workdir: Path, table: pd.DataFrame | None) -> list[np.ndarray]:
-    """Returns the rows of the table that each fold holds; none if they do not make it up."""
-    if table is None:
-        return []
-    place = pd.Index(table["image_id"])
+def _read_predictions(path: Path, classes: Classes | None) -> Predictions:
+    read = predictions.read(path, classes)
+    if not np.allclose(read.probabilities.sum(axis=1), 1):
+        raise ValueError("the probabilities do not sum to 1 in each line")
+    return read
+
+
+def _read_folds(workdir: Path, joined: Predictions) -> list[np.ndarray]:
+    """Returns the rows of the predictions that each fold has; none if they do not make it up."""
+    place = pd.Index(joined.image_ids)
     paths = sorted(workdir.glob("fold*/predictions.csv"))
-    folds = [place.get_indexer(metrics.read_table(path)["image_id"]) for path in paths]
-    whole = np.array_equal(np.sort(np.concatenate([[], *folds])), np.arange(len(table)))
+    folds = [place.get_indexer(predictions.read(p, joined.classes).image_ids) for p in paths]
+    whole = np.array_equal(np.sort(np.concatenate([[], *folds])), np.arange(len(joined)))
     return folds if whole else []
 
 
@@ -394,83 +399,65 @@ def _read_panels(path: Path) -> dict[str, Any] | None:
     }
 
 
-def _mismatch(evidence: Evidence) -> list[str]:
+def _mismatch(workdir: Path, judged: Predictions, numbers: Mapping[str, Any]) -> list[str]:
     """Returns the fault that metrics.json is of other predictions than are there."""
-    if not evidence.numbers:
-        return []
-    labels, probabilities, _ = _arrays(evidence.table)
-    found = metrics.compute(labels, probabilities)
-    said = [evidence.numbers.get(name) for name in ("num_images", "log_loss")]
+    found = metrics.compute(judged)
+    said = [numbers.get(name) for name in ("num_images", "log_loss")]
     if said[0] == found["num_images"] and math.isclose(said[1] or 0, found["log_loss"]):
         return []
     return [
-        f"{evidence.workdir}: metrics.json is of {said[0]} images with log loss {said[1]},"
+        f"{workdir}: metrics.json is of {said[0]} images with log loss {said[1]},"
         f" predictions.csv of {found['num_images']} with {found['log_loss']}. They come from"
-        f" different evaluations: make both anew with --mode=eval --workdir={evidence.workdir}."
+        f" different evaluations: make both anew with --mode=eval --workdir={workdir}."
     ]
 
 
-def _arrays(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns labels int [n], probabilities float64 [n, 7] and the lesions [n]."""
-    labels = np.array([CLASSES.index(dx) for dx in table["truth"]], int)
-    return labels, table[list(CLASSES)].to_numpy(), table["lesion_id"].to_numpy()
-
-
-def _judged(evidence: Evidence) -> tuple[judgement.Judgement | None, str]:
+def _calibrated(evidence: Evidence) -> tuple[Calibrated | None, str]:
     """Returns calibrated probabilities with their thresholds, and a sentence on how they came.
 
     None where the folder has not what it takes. Of an ensemble it never has: each member is
-    calibrated by itself.
+    calibrated by itself. Nor of a method of an earlier version. Then metrics.json may say what
+    --mode=eval measured.
     """
-    labels, probabilities, groups = _arrays(evidence.table)
-    numbers = evidence.numbers
-    used = (numbers.get("calibration") or {}).get("method")
-    used = used or ((evidence.config or {}).get("eval") or {}).get("calibration", "temperature")
-    measured = "As --mode=eval measured it." if "calibration" in numbers else ""
-    if "members" in numbers:
-        return None, measured
-    if numbers.get("split") in _FIXED:
-        if evidence.calibration is None:
-            return None, measured
-        fitted, fitted_on = evidence.calibration
-        note = (
-            f"Fitted on {fitted_on.get('num_images')} validation images of"
-            f" {fitted_on.get('num_lesions')} lesions, applied here as it is."
+    numbers, own = evidence.numbers, evidence.calibrator
+    split = numbers.get("split") or "val"
+    method = (numbers.get("calibration") or {}).get("method")
+    method = method or ((evidence.config or {}).get("eval") or {}).get("calibration", "temperature")
+    calibrated = None
+    if "members" not in numbers and method in calibrator.METHODS:
+        calibrated = calibration.decide(evidence.predictions, split, method, own, evidence.folds)
+    if calibrated is None:
+        return None, "As --mode=eval measured it." if "calibration" in numbers else ""
+    if split not in HELD_OUT or own is None:
+        return calibrated, (
+            "Fitted on these very images, but cross-fitted: each fold of lesions is calibrated by"
+            " what was fitted on the other folds, thresholds too."
         )
-        if differs := judgement.mismatch(fitted_on, {**fitted_on, **numbers}):
-            note += f" It was fitted for other probabilities: {differs}."
-        return judgement.apply(fitted, used, probabilities), note
     note = (
-        "Fitted on these very images, but cross-fitted: each fold of lesions is calibrated and"
-        " judged by what was fitted on the other folds."
+        f"Fitted on {own.fitted_on.get('num_images')} validation images of"
+        f" {own.fitted_on.get('num_lesions')} lesions, applied here as it is."
     )
-    if numbers.get("split") == "crossval":
-        parts = [
-            judgement.cross_fit(labels[rows], probabilities[rows], groups[rows], used)
-            for rows in evidence.folds
-        ]
-        if not parts or None in parts:
-            return None, measured
-        return judgement.join(parts, np.concatenate(evidence.folds)), note
-    return judgement.cross_fit(labels, probabilities, groups, used), note
+    if differs := own.mismatch({**own.fitted_on, **numbers}):
+        note += f" It was fitted for other probabilities: {differs}."
+    return calibrated, note
 
 
-def _ood(table: pd.DataFrame) -> dict[str, Any] | None:
-    if "ood_score" not in table:
+def _ood(judged: Predictions) -> dict[str, Any] | None:
+    if "ood_score" not in judged.metadata:
         return None
-    scores = table["ood_score"].dropna()
-    if scores.empty:
+    scores = judged.metadata["ood_score"].to_numpy(float)
+    known = np.flatnonzero(~np.isnan(scores))
+    if not len(known):
         return None
+    highest = known[np.lexsort((judged.image_ids[known], -scores[known]))][:5]
     return {
-        "num_images": len(scores),
-        "share": float((scores > 1).mean()),
-        "median": float(scores.median()),
+        "num_images": len(known),
+        "share": float((scores[known] > 1).mean()),
+        "median": float(np.median(scores[known])),
+        "scores": scores[known],
         "highest": [
-            {"image_id": row.image_id, "truth": row.truth, "score": row.ood_score}
-            for row in table.loc[scores.index]
-            .sort_values(["ood_score", "image_id"], ascending=[False, True])
-            .head(5)
-            .itertuples()
+            {"image_id": judged.image_ids[k], "truth": judged.truth[k], "score": scores[k]}
+            for k in highest
         ],
     }
 
@@ -492,35 +479,38 @@ def _robustness(table: pd.DataFrame | None) -> dict[str, Any] | None:
     }
 
 
-def _hardest(
-    table: pd.DataFrame, labels: np.ndarray, probabilities: np.ndarray
-) -> list[dict[str, Any]]:
+def _hardest(judged: Predictions) -> list[dict[str, Any]]:
     """Returns the most confident wrong answers, the worst first."""
-    wrong = np.flatnonzero(~metrics.correct_answers(labels, probabilities))
+    wrong = np.flatnonzero(~metrics.correct_answers(judged))
+    probabilities, truth = judged.probabilities, judged.truth
     confidence = probabilities.max(axis=1)
-    image_ids = table["image_id"].to_numpy()
-    order = wrong[np.lexsort((image_ids[wrong], -confidence[wrong]))][:_NUM_HARDEST]
+    order = wrong[np.lexsort((judged.image_ids[wrong], -confidence[wrong]))][:_NUM_HARDEST]
     return [
         {
-            **{name: table[name].iloc[row] for name in ("image_id", "lesion_id", "truth")},
-            "predicted": CLASSES[probabilities[row].argmax()],
+            "image_id": judged.image_ids[row],
+            "lesion_id": judged.lesion_ids[row],
+            "truth": truth[row],
+            "predicted": judged.classes.names[probabilities[row].argmax()],
             "confidence": confidence[row],
-            "of_truth": probabilities[row, labels[row]],
+            "of_truth": probabilities[row, judged.labels[row]],
         }
         for row in order
     ]
 
 
-def _is_stale(evidence: Evidence) -> bool:
-    """Returns whether the panels show another evaluation than the predictions."""
+def _panels(evidence: Evidence) -> dict[str, Any] | None:
+    """Returns the panels, and whether they show another evaluation than the predictions."""
     numbers, panels = evidence.numbers, evidence.panels
-    return any(numbers.get(key, panels[key]) != panels[key] for key in ("split", "step"))
+    if panels is None:
+        return None
+    stale = any(numbers.get(key, panels[key]) != panels[key] for key in ("split", "step"))
+    return {**panels, "stale": stale}
 
 
 def _baseline(per_class: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Returns what always giving the most frequent answer is worth."""
     counts = {dx: row["num_images"] for dx, row in per_class.items()}
-    answer = max(counts, key=counts.get)
+    answer = max(counts, key=counts.__getitem__)
     return {
         "answer": answer,
         "accuracy": counts[answer] / sum(counts.values()),
@@ -548,8 +538,8 @@ def _methods(measured: Mapping[str, Any] | None) -> list[str]:
     """Returns the methods that were measured; an ensemble's own may be a mix of them."""
     if not measured:
         return []
-    names = dict.fromkeys((*calibration.METHODS, measured["method"]))
-    return [name for name in names if name in measured]
+    others = [name for name in measured if name not in ("method", "cross_fitted", "reliability")]
+    return [name for name in dict.fromkeys((*calibrator.METHODS, *others)) if name in measured]
 
 
 def _flagged(measured: Mapping[str, Any] | None) -> list[dict[str, Any]]:
@@ -563,22 +553,29 @@ def _flagged(measured: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     ]
 
 
-def _limits(split: str | None, labels: np.ndarray, groups: np.ndarray) -> list[str]:
+def _limits(split: str | None, judged: Predictions) -> list[str]:
     """Returns the sentences that keep a reader from taking the figures for more than they are."""
+    classes = judged.classes
     of_split = {
-        "val": "The best checkpoint was chosen on these photographs, so the figures lean high.",
-        "crossval": "Each fold's best checkpoint was chosen on the photographs that it is judged"
-        " by, so the figures lean high.",
+        "val": "The best checkpoint was chosen on these photographs, so the figures are"
+        " optimistically biased.",
+        "crossval": "Each fold's best checkpoint was chosen on the photographs that it is measured"
+        " on, so the figures are optimistically biased.",
         "test": "No weight, checkpoint or threshold was chosen on these photographs.",
         "train": "The network was trained on these very photographs: the figures say nothing about"
         " new ones.",
     }
-    lesions = [len(np.unique(groups[labels == k])) for k in range(len(CLASSES))]
+    lesions = [len(set(judged.lesion_ids[judged.labels == k])) for k in range(len(classes))]
     few = [
         f"{dx} ({num})"
-        for dx, num in zip(CLASSES, lesions, strict=True)
+        for dx, num in zip(classes, lesions, strict=True)
         if num < subgroups.MIN_LESIONS
     ]
+    of_ham10000 = (
+        "HAM10000 was collected at clinics in Austria and Australia, with few kinds of camera.",
+        "Not every truth was found by histology; the subgroups by method of diagnosis show the"
+        " difference.",
+    )
     return [
         *([of_split[split]] if split in of_split else []),
         *(
@@ -586,13 +583,12 @@ def _limits(split: str | None, labels: np.ndarray, groups: np.ndarray) -> list[s
             if few
             else []
         ),
-        "It knows seven diagnoses. Any other disease, and healthy skin, gets one of them.",
-        "How frequent each diagnosis is here is the data set's doing; precision and calibration"
-        " are others where the frequencies are.",
-        "HAM10000 was collected at clinics in Austria and Australia, with few kinds of camera. Skin"
-        " colour is not recorded, so no figure can be given by it.",
-        "Not every truth was found by histology; the subgroups by how it was found show the"
-        " difference.",
+        f"It knows {len(classes)} diagnoses. Any other disease, and healthy skin, gets one of"
+        " them.",
+        "How frequent each diagnosis is here depends on the data set. Where the frequencies are"
+        " different, so are precision and calibration.",
+        *(of_ham10000 if isic.knows(classes) else ()),
+        "Skin colour is not recorded, so no figure can be given by it.",
     ]
 
 
@@ -622,27 +618,23 @@ def _config_rows(config: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _figures(
-    facts: Mapping[str, Any],
-    labels: np.ndarray,
-    probabilities: np.ndarray,
-    judged: judgement.Judgement | None,
-    table: pd.DataFrame,
+    facts: Mapping[str, Any], judged: Predictions, calibrated: Calibrated | None
 ) -> dict[str, str]:
-    best = judged.probabilities if judged else probabilities
+    best = judged.with_probabilities(calibrated.probabilities) if calibrated else judged
     drawn = {
-        "roc": figures.roc(labels, probabilities, facts["per_class"]),
-        "precision_recall": figures.precision_recall(labels, probabilities, facts["per_class"]),
-        "risk": figures.risk_coverage(decision.risk_coverage(labels, best)),
+        "roc": figures.roc(judged, facts["per_class"]),
+        "precision_recall": figures.precision_recall(judged, facts["per_class"]),
+        "risk": figures.risk_coverage(selective.risk_coverage(best)),
     }
     if facts["calibration"]:
         drawn["reliability"] = figures.reliability(
             facts["calibration"]["reliability"], facts["calibration"]["method"]
         )
-    if judged and facts["decision"]["malignant"]["auc"] is not None:
-        curve = decision.roc(labels, decision.malignancy(best))
+    if calibrated and facts["decision"]["malignant"]["auc"] is not None:
+        curve = selective.roc(judged, calibrated)
         drawn["malignancy"] = figures.malignancy(curve, facts["decision"]["malignant"])
     if facts["ood"]:
-        drawn["ood"] = figures.ood_scores(table["ood_score"].dropna().to_numpy())
+        drawn["ood"] = figures.ood_scores(facts["ood"]["scores"])
     return drawn
 
 
