@@ -91,10 +91,10 @@ def test_what_belongs_to_the_run_cannot_be_set_anew(trained):
 
 
 def test_asking_a_trained_network_needs_no_training_libraries(trained, photographs):
-    """A machine that only answers need not have TensorFlow, TFDS, scikit-learn or SciPy's users."""
+    """A machine that only answers need not have TensorFlow, TFDS or scikit-learn."""
     code = """
         import sys
-        for name in ("tensorflow", "tensorflow_datasets", "sklearn", "matplotlib", "optax"):
+        for name in ("tensorflow", "tensorflow_datasets", "sklearn", "matplotlib"):
             sys.modules[name] = None
         import ham_jax
         print(ham_jax.load(sys.argv[1]).predict(sys.argv[2:]).probabilities.shape)
