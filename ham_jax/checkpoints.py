@@ -297,7 +297,7 @@ def runs(workdir: Path) -> list[Path]:
     config = fold_folder(workdir, 0) / "config.json"
     if has_checkpoints(workdir) or not config.is_file():
         return [workdir]
-    num_folds = read_run_config(config.parent).data.num_folds
+    num_folds = read_run_config(config.parent, is_trained=True).data.num_folds
     return [fold_folder(workdir, fold) for fold in range(num_folds)]
 
 
@@ -325,8 +325,8 @@ def check_run_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
         )
 
 
-def read_run_config(workdir: Path) -> ml_collections.ConfigDict:
-    """Returns what `write_run_config` wrote.
+def read_run_config(workdir: Path, is_trained: bool = False) -> ml_collections.ConfigDict:
+    """Returns what `write_run_config` wrote; `is_trained` as in `config.from_dict`.
 
     Raises:
       FileNotFoundError: there is no config.json.
@@ -339,7 +339,7 @@ def read_run_config(workdir: Path) -> ml_collections.ConfigDict:
     )
     content = files.read_json(path, remedy)
     try:
-        return configuration.from_dict(content)
+        return configuration.from_dict(content, is_trained)
     except InputError as error:
         raise InputError([f"{path} is no configuration of a run.", *error.faults]) from error
     except (AttributeError, TypeError, ValueError) as error:

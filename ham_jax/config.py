@@ -440,12 +440,17 @@ def fixed_faults(paths: Iterable[str], workdir: Path) -> list[str]:
     ]
 
 
-def from_dict(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
+def from_dict(values: Mapping[str, Any], is_trained: bool = False) -> ml_collections.ConfigDict:
     """Returns the configuration that `to_dict` wrote, with the default of each newer key.
 
     A configuration of an earlier version is converted: a key that has been removed is dropped where
     its value means what is done today. A choice that has been removed stays, so that it can still
     be set anew, and `validate` refuses it.
+
+    Args:
+      values: nested dicts.
+      is_trained: the run is only to be evaluated or asked, so that what has been removed of its
+        training does not matter and becomes the default.
 
     Raises:
       InputError: unknown keys, wrong types, or a removed key that was in use.
@@ -456,14 +461,18 @@ def from_dict(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
             _set(config, path, _tuples(value))
         elif path not in _REMOVED_KEYS:
             faults.append(f"{path}: {_no_such_key(path)}")
-        elif _REMOVED_KEYS[path] and value not in _REMOVED_KEYS[path]:
+        elif _REMOVED_KEYS[path] and value not in _REMOVED_KEYS[path] and not is_trained:
             faults.append(
                 f"{path} = {value!r}: this version of ham_jax no longer has this key. Use the"
                 " version that wrote the configuration, or train again without the key."
             )
-    faults += _type_faults(flatten(config))
+    values = flatten(config)
+    faults += _type_faults(values)
     if faults:
         raise InputError(faults)
+    for name, choice in _REMOVED_CHOICES if is_trained else ():
+        if values[name] == choice and not _BY_NAME[name].free_in_evaluation:
+            _set(config, name, _BY_NAME[name].default)
     return config
 
 

@@ -490,7 +490,7 @@ def restore(workdir: Path, overrides: Sequence[tuple[str, str]], mesh: jax.shard
       InputError: no checkpoint there, or keys that may not be set anew.
     """
     params, batch_stats, ema, meta, step = checkpoints.load_for_inference(workdir)
-    config = configuration.from_dict(meta["config"])
+    config = configuration.from_dict(meta["config"], is_trained=True)
     faults = configuration.fixed_faults([path for path, _ in overrides], workdir)
     faults += configuration.override(config, overrides)
     if faults:

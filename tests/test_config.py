@@ -79,6 +79,7 @@ def test_a_removed_key_that_was_in_use_is_refused(section, name, value):
         configuration.from_dict(old)
     (fault,) = error.value.faults
     assert fault.startswith(f"{section}.{name} = {value!r}: this version of ham_jax no longer has")
+    configuration.validate(configuration.from_dict(old, is_trained=True))  # it is only asked
     (fault,) = configuration.override(configuration.base(), [(f"{section}.{name}", str(value))])
     assert "no longer has this key; leave it out." in fault
 
@@ -97,6 +98,9 @@ def test_a_removed_choice_is_refused_unless_it_is_set_anew(section, name, value,
     config = configuration.from_dict(old)
     (fault,) = faults_of(config)
     assert fault.startswith(f"{section}.{name} = {value!r} is no longer available: ")
+    asked = configuration.from_dict(old, is_trained=True)
+    if section != "eval":  # of a trained run its training does not matter
+        configuration.validate(asked)
     assert configuration.override(config, [(f"{section}.{name}", instead)]) == []
     configuration.validate(config)
 
