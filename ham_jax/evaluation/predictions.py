@@ -72,8 +72,8 @@ class Predictions:
         fields = {
             "labels": labels,
             "probabilities": probabilities,
-            "lesion_ids": np.asarray(lesion_ids, object),
             "image_ids": np.asarray(image_ids, object),
+            "lesion_ids": np.asarray(lesion_ids, object),
             "metadata": metadata,
         }
         for name, value in fields.items():
