@@ -1,15 +1,20 @@
 """calibration.json: whatever method is in use, thresholds and probabilities belong together."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ham_jax import CLASSES
+from ham_jax.classes import HAM10000, Classes
 from ham_jax.config import InputError
-from ham_jax.evaluation import calibration, decision, judgement
+from ham_jax.evaluation import calibration
+from ham_jax.evaluation.predictions import Predictions
+from ham_jax.inference import calibrator
+from ham_jax.inference.calibrator import METHODS
 
 ABOUT = {"step": 7, "tta": 1, "crop_scale": 1.0, "weights": "ema", "records": "abc"}
+OLD_RUN = Path(__file__).parents[1] / "evaluation" / "old_run"
 
 
 def draw(num_lesions=300, seed=0):
@@ -17,105 +22,63 @@ def draw(num_lesions=300, seed=0):
     lesion = np.repeat(np.arange(num_lesions), rng.integers(1, 4, num_lesions))
     labels = rng.choice(7, num_lesions, p=[0.1, 0.1, 0.1, 0.05, 0.15, 0.4, 0.1])[lesion]
     odds = np.exp(3 * np.eye(7)[labels] + rng.normal(0, 2, (len(labels), 7)))
-    return labels, odds / odds.sum(-1, keepdims=True), np.array([f"HAM_{n}" for n in lesion])
+    lesion_ids = np.array([f"HAM_{n}" for n in lesion])
+    return Predictions(HAM10000, labels, odds / odds.sum(-1, keepdims=True), lesion_ids)
 
 
-def test_a_file_gives_the_same_judgement_to_the_last_digit(tmp_path):
-    labels, raw, groups = draw()
-    fitted = judgement.fit(labels, raw, groups)
-    assert judgement.read(tmp_path) is None
-    judgement.write(tmp_path, fitted, {**ABOUT, "split": "val"})
-    read, fitted_on = judgement.read(tmp_path)
-    assert fitted_on == {**ABOUT, "split": "val"}
-    for method in calibration.METHODS:
-        one, two = (judgement.apply(f, method, raw) for f in (fitted, read))
+def test_a_file_says_the_same_to_the_last_digit(tmp_path):
+    raw = draw()
+    fitted = calibration.fit(raw, {**ABOUT, "split": "val"})
+    assert calibrator.read(tmp_path, HAM10000) is None
+    fitted.write(tmp_path)
+    read = calibrator.read(tmp_path, HAM10000)
+    assert read.fitted_on == {**ABOUT, "split": "val"}
+    for method in METHODS:
+        one, two = (f.apply(method, raw.probabilities) for f in (fitted, read))
         np.testing.assert_array_equal(one.probabilities, two.probabilities)
         for name, thresholds in one.thresholds.items():
             np.testing.assert_array_equal(thresholds, two.thresholds[name])
-    text = (tmp_path / judgement.FILE).read_text()
-    order = np.random.default_rng(0).permutation(len(labels))
-    again = judgement.fit(labels[order], raw[order], groups[order])
-    judgement.write(tmp_path, again, {**ABOUT, "split": "val"})
-    assert (tmp_path / judgement.FILE).read_text() == text
+    text = (tmp_path / calibrator.FILE).read_text()
+    order = np.random.default_rng(0).permutation(len(raw))
+    calibration.fit(raw.take(order), {**ABOUT, "split": "val"}).write(tmp_path)
+    assert (tmp_path / calibrator.FILE).read_text() == text
 
 
-@pytest.mark.parametrize("method", calibration.METHODS)
-def test_flag_and_sets_are_on_the_scale_of_the_method_in_use(method):
-    """On fresh lesions each method keeps what is promised, with its own thresholds."""
-    labels, raw, groups = draw(2000)
-    fresh_labels, fresh, fresh_groups = draw(2000, 1)
-    judged = judgement.apply(judgement.fit(labels, raw, groups), method, fresh)
-    found = judgement.measure(fresh_labels, fresh_groups, judged, False)["decision"]
-    assert found["malignant"]["sensitivity"] == pytest.approx(0.95, abs=0.02)
-    for level in decision.LEVELS:
+def test_one_fit_says_the_same_of_an_image_whatever_is_beside_it():
+    raw = draw(40)
+    fitted = calibration.fit(raw, ABOUT)
+    whole = fitted.apply("temperature", raw.probabilities)
+    assert whole.method == "temperature"
+    for row in range(5):
+        alone = fitted.apply("temperature", raw.probabilities[row : row + 1])
+        assert alone.flagged == whole.flagged[row]
         for kind in ("marginal", "class_conditional"):
-            numbers = found["sets"][f"{level:.2f}"][kind]
-            assert numbers["coverage"] == pytest.approx(level, abs=0.02)
+            np.testing.assert_array_equal(alone.sets(kind)[0], whole.sets(kind)[row])
 
 
-@pytest.mark.parametrize("method", ["temperature", "isotonic"])
-def test_no_image_is_judged_by_its_own_lesion(method):
-    labels, raw, groups = draw(60)
-    judged = judgement.cross_fit(labels, raw, groups, method)
-    own = groups == "HAM_0"
-    moved = raw.copy()
-    # Another certainty of the same answer: its fold stays.
-    moved[own] = raw[own] ** 3 / (raw[own] ** 3).sum(-1, keepdims=True)
-    again = judgement.cross_fit(labels, moved, groups, method)
-    for name, thresholds in judged.thresholds.items():
-        np.testing.assert_array_equal(again.thresholds[name][own], thresholds[own])
-    assert (again.probabilities != judged.probabilities)[~own].any()
-    order = np.random.default_rng(0).permutation(len(labels))
-    shuffled = judgement.cross_fit(labels[order], raw[order], groups[order], method)
-    for name in calibration.METHODS:
-        np.testing.assert_array_equal(shuffled.by_method[name], judged.by_method[name][order])
-    one, two = (
-        judgement.measure(y, g, j, True)
-        for y, g, j in ((labels, groups, judged), (labels[order], groups[order], shuffled))
-    )
-    assert one == two
-    assert json.loads(json.dumps(one, allow_nan=False)) == one
-
-
-def test_too_few_lesions_to_hold_any_out():
-    labels, raw = np.array([0, 5, 5]), np.full((3, 7), 1 / 7)
-    groups = np.array(["a", "b", "b"])
-    assert judgement.cross_fit(labels, raw, groups, "temperature") is None
-    assert set(judgement.fit(labels, raw, groups)) == set(calibration.METHODS)
-
-
-def test_parts_are_joined_in_the_order_asked_for():
-    labels, raw, groups = draw(40)
-    fitted = judgement.fit(labels, raw, groups)
-    whole = judgement.apply(fitted, "vector", raw)
-    places = np.random.default_rng(0).permutation(len(raw))
-    parts = [judgement.apply(fitted, "vector", raw[p]) for p in (places[:30], places[30:])]
-    joined = judgement.join(parts, places)
-    np.testing.assert_array_equal(joined.probabilities, whole.probabilities)
-
-
-def test_members_with_other_methods_are_averaged_each_as_it_says():
-    labels, raw, groups = draw(60)
-    fitted = judgement.fit(labels, raw, groups)
-    members = [judgement.apply(fitted, method, raw) for method in ("temperature", "isotonic")]
-    both = judgement.mean(members)
-    assert both.method == "temperature, isotonic"
-    np.testing.assert_array_equal(
-        both.probabilities, (members[0].probabilities + members[1].probabilities) / 2
-    )
-    assert judgement.mean(members[:1]).method == "temperature"
+def test_a_file_of_version_0_1_is_read_at_its_level_of_90_percent():
+    content = json.loads((OLD_RUN / calibrator.FILE).read_text())
+    assert content["levels"] == [0.9, 0.95]
+    read = calibrator.read(OLD_RUN, HAM10000)
+    assert set(read.methods) == set(METHODS) < set(content["methods"])
+    raw = draw(10).probabilities
+    for method in METHODS:
+        said, old = read.apply(method, raw), content["methods"][method]["thresholds"]
+        assert (said.thresholds["malignant"] == old["malignant"]).all()
+        assert (said.thresholds["marginal"] == old["marginal"][0]).all()
+        assert (said.thresholds["class_conditional"] == old["class_conditional"][0]).all()
 
 
 def test_settings_that_differ_are_named():
-    assert judgement.mismatch(ABOUT, {**ABOUT, "records": "other"}) == ""
-    text = judgement.mismatch(ABOUT, {**ABOUT, "tta": 8, "weights": "raw"})
+    fitted = calibration.fit(draw(30), ABOUT)
+    assert fitted.mismatch({**ABOUT, "records": "other"}) == ""
+    text = fitted.mismatch({**ABOUT, "tta": 8, "weights": "raw"})
     assert text == "eval.tta = 8 (calibrated with 1), weights = raw (calibrated with ema)"
 
 
 def test_a_damaged_file_is_refused_with_the_way_out(tmp_path):
-    labels, raw, groups = draw(30)
-    path = tmp_path / judgement.FILE
-    judgement.write(tmp_path, judgement.fit(labels, raw, groups), ABOUT)
+    path = tmp_path / calibrator.FILE
+    calibration.fit(draw(30), ABOUT).write(tmp_path)
     text = path.read_text()
     digits = [place for place, character in enumerate(text) if character.isdigit()]
     texts = [text[:-40], "[]", "{}", ""]
@@ -126,10 +89,22 @@ def test_a_damaged_file_is_refused_with_the_way_out(tmp_path):
     whole = json.loads(text)
     whole.pop("sha256")  # as an earlier version wrote it
     path.write_text(json.dumps(whole))
-    assert judgement.read(tmp_path)[1] == ABOUT
-    for key, value in (("classes", CLASSES[:6]), ("levels", [0.5]), ("methods", {"none": {}})):
+    assert calibrator.read(tmp_path, HAM10000).fitted_on == ABOUT
+    for key, value in (
+        ("classes", HAM10000.names[:6]),
+        ("level", 0.5),
+        ("levels", [0.5]),
+        ("methods", {"none": {}}),
+    ):
         texts.append(json.dumps({**whole, key: value}))
     for text in texts:
         path.write_text(text)
         with pytest.raises(InputError, match="--mode=eval --split=val --workdir="):
-            judgement.read(tmp_path)
+            calibrator.read(tmp_path, HAM10000)
+
+
+def test_a_file_of_other_classes_is_refused(tmp_path):
+    calibration.fit(draw(30), ABOUT).write(tmp_path)
+    for other in (Classes(HAM10000.names[::-1]), Classes(HAM10000.names[:6])):
+        with pytest.raises(InputError, match="not written by this version"):
+            calibrator.read(tmp_path, other)
