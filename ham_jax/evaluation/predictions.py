@@ -86,7 +86,11 @@ class Predictions:
 
     @classmethod
     def of(
-        cls, images: Subset, classes: Classes, probabilities: np.ndarray, ood_scores=None
+        cls,
+        images: Subset,
+        classes: Classes,
+        probabilities: np.ndarray,
+        ood_scores: np.ndarray | None = None,
     ) -> "Predictions":
         """Returns what a network says of records.
 
