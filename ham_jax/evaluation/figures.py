@@ -29,7 +29,9 @@ _CLASS_COLORS = (
     *(("#7447a6", "#c3a0ee"), ("#c01862", "#ff7db0"), ("#1769b5", "#74b5f7")),
     ("#7a5a46", "#cfae9a"),
 )
-_GOLDEN_ANGLE = 137.5  # degrees: multiples of it never come close to each other
+# Hues of further classes, degrees: multiples of the golden angle keep apart from each other, and
+# the first is far from the hues above.
+_FIRST_HUE, _GOLDEN_ANGLE = 90, 137.5
 
 # Colours that matplotlib draws with, each of which becomes one of the page's.
 _PAGE_COLORS = {"currentColor": "#010101"} | {
@@ -71,7 +73,9 @@ def class_colors(num_classes: int) -> list[dict[str, str]]:
     """Returns of each class its colour: the `name` in the style sheet, `light` and `dark`."""
     further = [
         (f"hsl({hue:.0f} 62% 34%)", f"hsl({hue:.0f} 75% 74%)")
-        for hue in (_GOLDEN_ANGLE * k % 360 for k in range(num_classes - len(_CLASS_COLORS)))
+        for hue in (
+            (_FIRST_HUE + _GOLDEN_ANGLE * k) % 360 for k in range(num_classes - len(_CLASS_COLORS))
+        )
     ]
     return [
         {"name": f"dx{k}", "light": light, "dark": dark}

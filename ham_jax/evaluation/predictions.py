@@ -72,8 +72,8 @@ class Predictions:
         fields = {
             "labels": labels,
             "probabilities": probabilities,
-            "lesion_ids": np.asarray(lesion_ids, object),
             "image_ids": np.asarray(image_ids, object),
+            "lesion_ids": np.asarray(lesion_ids, object),
             "metadata": metadata,
         }
         for name, value in fields.items():
@@ -86,7 +86,11 @@ class Predictions:
 
     @classmethod
     def of(
-        cls, images: Subset, classes: Classes, probabilities: np.ndarray, ood_scores=None
+        cls,
+        images: Subset,
+        classes: Classes,
+        probabilities: np.ndarray,
+        ood_scores: np.ndarray | None = None,
     ) -> "Predictions":
         """Returns what a network says of records.
 

@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ham_jax.evaluation import metrics
+from ham_jax.classes import HAM10000
+from ham_jax.evaluation import isic
+from ham_jax.evaluation.predictions import Predictions
 
 HERE = Path(__file__).parent
 NUM_FILES = 1000
@@ -48,14 +50,19 @@ def draw(seed):
     return [name + suffix for name in ids], labels, values / steps
 
 
+def submission(ids, labels, probabilities):
+    """Returns what `isic` takes."""
+    return Predictions(HAM10000, labels, probabilities, image_ids=np.array(ids, object))
+
+
 def official(seed, folder):
     """Returns the scorer's answer about files with this submission and its truth."""
     import isic_challenge_scoring as scorer
 
     ids, labels, probabilities = draw(seed)
     bare = [name.split(".")[0] for name in ids]
-    metrics.write_isic_submission(folder / "truth.csv", bare, np.eye(7)[labels])
-    metrics.write_isic_submission(folder / "submission.csv", ids, probabilities)
+    isic.write_submission(folder / "truth.csv", submission(bare, labels, np.eye(7)[labels]))
+    isic.write_submission(folder / "submission.csv", submission(ids, labels, probabilities))
     return scorer.ClassificationScore.from_file(
         folder / "truth.csv",
         folder / "submission.csv",
@@ -65,7 +72,7 @@ def official(seed, folder):
 
 def flat(overall, per_category):
     """Returns the overall figure and those of each category in one row."""
-    return [overall, *(per_category[c][f] for c in metrics.ISIC_CLASSES for f in FIGURES)]
+    return [overall, *(per_category[c][f] for c in isic.CATEGORIES for f in FIGURES)]
 
 
 def fingerprint():

@@ -7,10 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ham_jax.evaluation import isic, metrics
+from ham_jax.classes import HAM10000, ISIC2019
+from ham_jax.evaluation import isic
+from ham_jax.evaluation.predictions import Predictions
 
 HERE = Path(__file__).parent
 reference = runpy.run_path(HERE / "make_reference.py")
+
+
+submission = reference["submission"]
 
 
 def flat(score):
@@ -21,7 +26,7 @@ def test_a_thousand_submissions_score_as_the_official_scorer_scored_them():
     with np.load(HERE / "isic_reference.npz") as recorded:
         official, fingerprint = recorded["figures"], int(recorded["fingerprint"])
     assert reference["fingerprint"]() == fingerprint, "other submissions: record them anew"
-    scores = [isic.score(*reference["draw"](seed)) for seed in range(len(official))]
+    scores = [isic.score(submission(*reference["draw"](seed))) for seed in range(len(official))]
     assert len(scores) == 1000
     np.testing.assert_allclose([flat(s) for s in scores], official, rtol=0, atol=1e-12)
     np.testing.assert_allclose(
@@ -48,15 +53,16 @@ def test_the_official_scorer_accepts_our_files_and_agrees(scorer, tmp_path):
         if seed == 1:  # as a rounded softmax may be
             probabilities = (probabilities * np.float32(1 + 1e-7)).astype(np.float32)
             probabilities[0] = np.eye(7)[labels[0]] * np.float32(1 + 1e-7)
-        metrics.write_isic_submission(tmp_path / "submission.csv", ids, probabilities)
+        given = submission(ids, labels, probabilities)
+        isic.write_submission(tmp_path / "submission.csv", given)
         bare = [name.split(".")[0] for name in ids]
-        metrics.write_isic_submission(tmp_path / "truth.csv", bare, np.eye(7)[labels])
+        isic.write_submission(tmp_path / "truth.csv", submission(bare, labels, np.eye(7)[labels]))
         official = scorer.ClassificationScore.from_file(
             tmp_path / "truth.csv",
             tmp_path / "submission.csv",
             scorer.ClassificationMetric.BALANCED_ACCURACY,
         )
-        found = isic.score(ids, labels, probabilities)
+        found = isic.score(given)
         categories = official.per_category.to_dict("index")
         assert flat(found) == pytest.approx(
             reference["flat"](official.overall, categories), rel=0, abs=1e-12
@@ -72,7 +78,7 @@ def test_the_image_without_weight_ties_and_absent_categories():
     answers[1] = 0.5 * (np.eye(7)[0] + np.eye(7)[1])  # a tie, and 0.5 is not above 0.5
     answers[3] = np.eye(7)[5]
     ids = [f"ISIC_{n}" for n in range(6)]
-    found = isic.score(ids, labels, answers)
+    found = isic.score(submission(ids, labels, answers))
     assert found["overall"] == pytest.approx(np.mean([1 / 2, 1 / 2, 1]))
     row = found["per_category"]["DF"]
     assert [row[name] for name in ("sensitivity", "ppv", "dice", "accuracy")] == [1, 1, 1, 1]
@@ -80,4 +86,18 @@ def test_the_image_without_weight_ties_and_absent_categories():
     areas = [found["per_category"][name]["auc"] for name in ("AKIEC", "MEL", "NV")]
     assert found["macro_average"]["auc"] == pytest.approx(np.mean(areas))
     ids[3] = "ISIC_0035068.jpg"
-    assert isic.score(ids, labels, answers)["overall"] == pytest.approx(np.mean([1 / 2, 1, 1]))
+    assert isic.score(submission(ids, labels, answers))["overall"] == pytest.approx(
+        np.mean([1 / 2, 1, 1])
+    )
+
+
+def test_the_challenge_knows_its_own_diagnoses_in_whatever_order():
+    turned = type(HAM10000)(HAM10000.names[::-1])
+    assert isic.knows(HAM10000)
+    assert isic.knows(turned)
+    assert not isic.knows(ISIC2019)
+    given = submission(*reference["draw"](0))
+    other = Predictions(
+        turned, 6 - given.labels, given.probabilities[:, ::-1], image_ids=given.image_ids
+    )
+    assert flat(isic.score(other)) == pytest.approx(flat(isic.score(given)), rel=1e-12)

@@ -7,46 +7,55 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from ham_jax import CLASSES, DISCLAIMER
+from ham_jax import DISCLAIMER
+from ham_jax.classes import HAM10000, Classes
 from ham_jax.config import InputError
 from ham_jax.data import image
-from ham_jax.evaluation import bootstrap, decision, judgement, metrics, report, subgroups
+from ham_jax.evaluation import (
+    bootstrap,
+    calibration,
+    figures,
+    metrics,
+    predictions,
+    report,
+    selective,
+    subgroups,
+)
+from ham_jax.evaluation.predictions import Predictions
+from ham_jax.inference import calibrator, decision
 
 NUM = 210
+COLUMNS = ",".join(HAM10000)
+OLD_RUN = Path(__file__).parent / "old_run"
 HOSTILE = "<script>alert(1)</script>|`x`"
 
 
-def write_predictions(folder, num=NUM, seed=0, **columns):
-    """Returns labels, probabilities and lesions of a folder's new predictions.csv."""
+def write_predictions(folder, classes=HAM10000, seed=0, **columns):
+    """Returns a folder's new predictions.csv as it is read."""
     rng = np.random.default_rng(seed)
-    labels = np.arange(num) % 7
-    probabilities = rng.dirichlet(np.full(7, 0.5), num) * 0.5
-    probabilities[np.arange(num), labels] += 0.5 * rng.random(num)
+    c = len(classes)
+    labels = np.arange(NUM) % c
+    probabilities = rng.dirichlet(np.full(c, 0.5), NUM) * 0.5
+    probabilities[np.arange(NUM), labels] += 0.5 * rng.random(NUM)
     probabilities /= probabilities.sum(axis=1, keepdims=True)
-    image_ids = [f"ISIC_{n:07d}" for n in range(num)]
+    image_ids = np.array([f"ISIC_{n:07d}" for n in range(NUM)], object)
     # The most confident wrong answer, so that its name is on the page.
-    image_ids[0], probabilities[0] = HOSTILE, np.eye(7)[3]
-    lesions = [f"HAM_{n // 14 * 7 + n % 7}" for n in range(num)]
-    known = pd.DataFrame({"sex": ["female", "male"] * (num // 2), **columns})
-    metrics.write_predictions(
-        folder / "predictions.csv", image_ids, lesions, labels, probabilities, known
-    )
-    return arrays(folder)
+    image_ids[0], probabilities[0] = HOSTILE, np.eye(c)[-1]
+    lesion_ids = np.array([f"HAM_{n // (2 * c) * c + n % c}" for n in range(NUM)])
+    known = pd.DataFrame({"sex": ["female", "male"] * (NUM // 2), **columns})
+    path = folder / "predictions.csv"
+    Predictions(classes, labels, probabilities, lesion_ids, image_ids, known).write(path)
+    return predictions.read(path, classes)
 
 
-def arrays(folder):
-    """Returns labels, probabilities and lesions of a folder's predictions.csv."""
-    _, lesions, labels, probabilities = metrics.read_predictions(folder / "predictions.csv")
-    return labels, probabilities, np.array(lesions)
-
-
-def write_numbers(folder, labels, probabilities, **about):
-    numbers = metrics.compute(labels, probabilities) | about
+def write_numbers(folder, judged, **about):
+    numbers = metrics.compute(judged) | about
     (folder / "metrics.json").write_text(json.dumps(numbers))
 
 
@@ -55,16 +64,16 @@ def full(tmp_path_factory):
     """A folder with every file that a report reads."""
     folder = tmp_path_factory.mktemp("full")
     scores = np.linspace(0.2, 1.4, NUM)
-    labels, probabilities, lesions = write_predictions(
+    judged = write_predictions(
         folder,
         ood_score=scores,
         age=np.arange(NUM) % 80,
         localization=[HOSTILE] * NUM,
         dx_type=["histo"] * NUM,
     )
-    write_numbers(folder, labels, probabilities, split="val", step=7, records="f00")
+    write_numbers(folder, judged, split="val", step=7, records="f00", classes=list(HAM10000))
     fitted_on = {"split": "val", "step": 7, "tta": 1, "crop_scale": 1.0, "weights": "raw"}
-    judgement.write(folder, judgement.fit(labels, probabilities, lesions), fitted_on)
+    calibration.fit(judged, fitted_on).write(folder)
     (folder / "config.json").write_text(
         json.dumps({"model": {"name": HOSTILE, "pretrained": None}, "seed": 3})
     )
@@ -152,12 +161,18 @@ def numbers_of(row):
     return [float(x) for cell in row for x in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", cell)]
 
 
+def check_tables(card):
+    for table in re.findall(r"(?:^\|.*\n)+", card, re.MULTILINE):
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(widths) == 1, table
+
+
 def test_the_page_says_what_the_metrics_say(full):
-    labels, probabilities, lesions = arrays(full)
-    numbers = metrics.compute(labels, probabilities)
-    spans = bootstrap.intervals(labels, probabilities, lesions)
+    judged = predictions.read(full / "predictions.csv")
+    numbers = metrics.compute(judged)
+    spans = bootstrap.intervals(judged)
     text = page_of(full)
-    for key in ("balanced_accuracy", "accuracy", "macro_auc", "log_loss"):
+    for key in (metric.name for metric in metrics.METRICS):
         low, high = spans[key]
         said = (
             rf'"value">{numbers[key]:.3f}</span>\s*<span class="span">[^<]*{low:.3f} to {high:.3f}'
@@ -166,7 +181,7 @@ def test_the_page_says_what_the_metrics_say(full):
     assert DISCLAIMER in text
 
     rows = Page(text).rows
-    for k, dx in enumerate(CLASSES):
+    for k, dx in enumerate(HAM10000):
         figures, confused = [numbers_of(row) for row in rows if row and dx in row[0].split()][:2]
         of_class = numbers["per_class"][dx]
         expected = [
@@ -179,8 +194,8 @@ def test_the_page_says_what_the_metrics_say(full):
         assert figures == pytest.approx(expected, abs=5.1e-4)
         assert confused[1::2] == numbers["confusion_matrix"][k]
 
-    judged = judgement.cross_fit(labels, probabilities, lesions, "temperature")
-    measured = judgement.measure(labels, lesions, judged, True)
+    calibrated = calibration.cross_fit(judged, "temperature")
+    measured = calibration.measure(judged, calibrated, True)
     isotonic = next(numbers_of(row) for row in rows if row and row[0] == "isotonic")
     assert isotonic == pytest.approx(list(measured["calibration"]["isotonic"].values()), abs=5.1e-4)
     flag = measured["decision"]["malignant"]
@@ -191,18 +206,14 @@ def test_the_page_says_what_the_metrics_say(full):
 
 
 def test_the_card_says_the_same(full):
-    labels, probabilities, _ = arrays(full)
-    numbers = metrics.compute(labels, probabilities)
+    numbers = metrics.compute(predictions.read(full / "predictions.csv"))
     card = (full / "model_card.md").read_text(encoding="utf-8")
     assert f"| balanced accuracy | {numbers['balanced_accuracy']:.3f} |" in card
     sensitivity = numbers["per_class"]["mel"]["sensitivity"]
     assert f"| mel | {NUM // 7} | {sensitivity:.3f} |" in card
     assert all(word in card for word in (DISCLAIMER, "CC BY-NC 4.0", "Apache", "fog"))
     assert "<script" not in card
-    tables = re.findall(r"(?:^\|.*\n)+", card, re.MULTILINE)
-    for table in tables:
-        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
-        assert len(widths) == 1, table
+    check_tables(card)
 
 
 def test_the_page_stands_alone(full):
@@ -249,12 +260,12 @@ def test_the_same_files_give_the_same_bytes(full, tmp_path):
 @pytest.mark.usefixtures("few_draws")
 def test_other_predictions_give_another_page(full, tmp_path):
     folder = shutil.copytree(full, tmp_path / full.name)
-    labels, probabilities, _ = write_predictions(folder, seed=1)
+    judged = write_predictions(folder, seed=1)
     with pytest.raises(InputError, match="different evaluations"):
         report.run(folder)
-    write_numbers(folder, labels, probabilities, split="val")
+    write_numbers(folder, judged, split="val")
     report.run(folder)
-    value = metrics.compute(labels, probabilities)["balanced_accuracy"]
+    value = metrics.compute(judged)["balanced_accuracy"]
     assert f'"value">{value:.3f}<' in page_of(folder)
 
 
@@ -286,13 +297,12 @@ def test_each_other_file_may_be_missing(full, tmp_path, name, monkeypatch):
 @pytest.mark.usefixtures("few_draws")
 def test_on_test_the_calibration_of_validation_is_applied(full, tmp_path):
     folder = shutil.copytree(full, tmp_path / "run")
-    labels, probabilities, lesions = write_predictions(folder, seed=2)
-    write_numbers(folder, labels, probabilities, split="test")
+    judged = write_predictions(folder, seed=2)
+    write_numbers(folder, judged, split="test")
     facts = report.measure(report.read(folder))
-    fitted, _ = judgement.read(folder)
-    judged = judgement.apply(fitted, "temperature", probabilities)
-    expected = decision.measure(labels, judged.probabilities, lesions, judged.thresholds)
-    assert facts["decision"] == expected
+    fitted = calibrator.read(folder, HAM10000)
+    calibrated = fitted.apply("temperature", judged.probabilities)
+    assert facts["decision"] == selective.measure(judged, calibrated)
     assert facts["isic"]["overall"] == pytest.approx(facts["balanced_accuracy"])
 
     (folder / "calibration.json").unlink()
@@ -303,20 +313,18 @@ def test_on_test_the_calibration_of_validation_is_applied(full, tmp_path):
 
 @pytest.mark.usefixtures("few_draws")
 def test_folds_are_calibrated_by_themselves(tmp_path):
-    labels, probabilities, lesions = write_predictions(tmp_path)
-    write_numbers(tmp_path, labels, probabilities, split="crossval")
-    table = metrics.read_table(tmp_path / "predictions.csv")
+    judged = write_predictions(tmp_path)
+    write_numbers(tmp_path, judged, split="crossval")
+    of_lesion = np.unique(judged.lesion_ids, return_inverse=True)[1]
     parts, places = [], []
     for fold in range(2):
-        rows = np.flatnonzero(np.unique(lesions, return_inverse=True)[1] % 2 == fold)
+        rows = np.flatnonzero(of_lesion % 2 == fold)
         (tmp_path / f"fold{fold}").mkdir()
-        table.iloc[rows[::-1]].to_csv(tmp_path / f"fold{fold}" / "predictions.csv", index=False)
-        parts.append(
-            judgement.cross_fit(labels[rows], probabilities[rows], lesions[rows], "temperature")
-        )
+        judged.take(rows[::-1]).write(tmp_path / f"fold{fold}" / "predictions.csv")
+        parts.append(calibration.cross_fit(judged.take(rows), "temperature"))
         places.append(rows)
-    joined = judgement.join(parts, np.concatenate(places))
-    expected = judgement.measure(labels, lesions, joined, True)
+    joined = decision.join(parts, np.concatenate(places))
+    expected = calibration.measure(judged, joined, True)
     facts = report.measure(report.read(tmp_path))
     assert facts["calibration"]["temperature"] == pytest.approx(
         expected["calibration"]["temperature"]
@@ -325,19 +333,117 @@ def test_folds_are_calibrated_by_themselves(tmp_path):
 
 @pytest.mark.usefixtures("few_draws")
 def test_an_ensembles_decisions_are_those_that_eval_measured(tmp_path):
-    labels, probabilities, lesions = write_predictions(tmp_path)
-    judged = judgement.cross_fit(labels, probabilities, lesions, "vector")
-    measured = judgement.measure(labels, lesions, judged, True)
+    judged = write_predictions(tmp_path)
+    calibrated = calibration.cross_fit(judged, "isotonic")
+    measured = calibration.measure(judged, calibrated, True)
     members = [{"workdir": "runs/a", "step": 1}, {"workdir": "runs/b", "step": 2}]
-    write_numbers(tmp_path, labels, probabilities, split="val", members=members, **measured)
+    write_numbers(tmp_path, judged, split="val", members=members, **measured)
     report.run(tmp_path)
     text = page_of(tmp_path)
-    size = measured["decision"]["sets"]["0.95"]["class_conditional"]["mean_size"]
+    size = measured["decision"]["sets"]["0.90"]["class_conditional"]["mean_size"]
     row = next(
-        row for row in Page(text).rows if row[:2] == ["95\N{NO-BREAK SPACE}%", "class conditional"]
+        row for row in Page(text).rows if row[:2] == ["90\N{NO-BREAK SPACE}%", "class conditional"]
     )
     assert float(row[3]) == pytest.approx(size, abs=5.1e-3)
     assert "runs/a,runs/b" in text
+
+
+@pytest.mark.usefixtures("few_draws")
+def test_a_run_of_version_0_1_is_reported(tmp_path):
+    """It measured sets for 95 %, and vector scaling, which was in use there."""
+    folder = shutil.copytree(OLD_RUN, tmp_path / "run")
+    numbers = json.loads((folder / "metrics.json").read_text())
+    assert numbers["calibration"]["method"] == "vector"
+    facts = report.measure(report.read(folder))
+    assert facts["decision"] == numbers["decision"]
+    assert list(facts["decision"]["sets"]) == ["0.90", "0.95"]
+    page, card = report.render(facts)
+    for text in (page, card):
+        assert "As --mode=eval measured it." in text
+    names = {row[0] for row in Page(page).rows if row}
+    assert {"vector, in use", "isotonic", "95\N{NO-BREAK SPACE}%"} <= names
+
+    numbers["calibration"]["method"] = "temperature"
+    for split in ("val", "test"):
+        (folder / "metrics.json").write_text(json.dumps({**numbers, "split": split}))
+        facts = report.measure(report.read(folder))
+        assert list(facts["decision"]["sets"]) == ["0.90"]
+        for name in calibrator.METHODS:
+            if split == "val":
+                expected = numbers["calibration"][name]
+                assert facts["calibration"][name] == pytest.approx(expected, rel=1e-12)
+    old = json.loads((folder / "calibration.json").read_text())["methods"]["temperature"]
+    expected = old["thresholds"]["malignant"]
+    assert facts["decision"]["malignant"]["threshold"] == pytest.approx(expected, rel=1e-12)
+
+
+OTHER = {
+    "three": Classes(("rash", "wart", "<b>|`z"), (), ("a rash", "a wart", "<i>|x</i>")),
+    "twelve": Classes(tuple(f"dx {k}" for k in range(12)), ("dx 3",)),
+    "twenty": Classes(tuple(f"dx {k}" for k in range(20)), ("dx 3", "dx 19")),
+}
+
+
+@pytest.mark.parametrize("which", OTHER)
+@pytest.mark.usefixtures("few_draws")
+def test_any_classes_are_reported(which, tmp_path):
+    classes = OTHER[which]
+    judged = write_predictions(tmp_path, classes)
+    told = {"classes": list(classes), **{k: classes.to_json()[k] for k in ("malignant", "titles")}}
+    write_numbers(tmp_path, judged, split="test", **told)
+    fitted_on = {"num_images": NUM, "num_lesions": 105}
+    calibration.fit(judged, fitted_on).write(tmp_path)
+    report.run(tmp_path)
+    text, card = page_of(tmp_path), (tmp_path / "model_card.md").read_text()
+    page, numbers = Page(text), metrics.compute(judged)
+    rows = [row for row in page.rows if row]
+    for dx in classes:
+        row = next(row for row in rows if row[0] == f"{dx} {classes.title(dx)}")
+        assert f"{numbers['per_class'][dx]['sensitivity']:.3f}" in row[2]
+    # Each diagnosis has a colour on light and on dark pages, and lines have no other.
+    for k in range(len(classes)):
+        assert text.count(f"--dx{k}: ") == 2
+    assert set(re.findall(r"var\(--dx(\d+)\)", text)) == {str(k) for k in range(len(classes))}
+    assert ("Malignant or not" in text) == bool(classes.malignant)
+    assert ("dashed: benign" in text) == bool(classes.malignant)
+    assert ("too many for a legend" in text) == (len(classes) > figures.MAX_LEGEND)
+    assert f"It knows {len(classes)} diagnoses" in text
+    for said in (text, card):
+        assert not re.search("HAM10000|Austria|ISIC 2018|histology", said)
+    assert page.scripts == 1
+    assert "<b>|" not in text
+    check_tables(card)
+
+
+@pytest.mark.usefixtures("few_draws")
+def test_classes_are_those_of_the_columns_where_no_file_names_them(tmp_path):
+    write_predictions(tmp_path, OTHER["three"])
+    report.run(tmp_path)
+    facts = report.measure(report.read(tmp_path))
+    assert facts["classes"] == Classes(OTHER["three"].names)
+
+
+@pytest.mark.usefixtures("few_draws")
+def test_a_new_metric_is_one_entry(bare, monkeypatch):
+    """In metrics.json, with its interval, on the page and on the card."""
+
+    def misses(labels, probabilities):
+        return (probabilities.argmax(axis=1) != labels)[None]
+
+    dummy = metrics.Metric("error_rate", "error rate", parts=misses)
+    before = metrics.compute(predictions.read(bare / "predictions.csv"))
+    monkeypatch.setattr(metrics, "METRICS", (*metrics.METRICS, dummy))
+    judged = predictions.read(bare / "predictions.csv")
+    numbers = metrics.compute(judged)
+    assert numbers.pop("error_rate") == pytest.approx(1 - before["accuracy"], rel=1e-12)
+    assert numbers == before
+    spans = bootstrap.intervals(judged)
+    expected = [1 - bound for bound in reversed(spans["accuracy"])]
+    assert spans["error_rate"] == pytest.approx(expected, rel=1e-12)
+    report.run(bare)
+    card = (bare / "model_card.md").read_text()
+    assert f"| error rate | {1 - before['accuracy']:.3f} | {expected[0]:.3f} to" in card
+    assert '"name">Error rate</span>' in page_of(bare)
 
 
 @pytest.mark.parametrize(
@@ -346,23 +452,23 @@ def test_an_ensembles_decisions_are_those_that_eval_measured(tmp_path):
         ("predictions.csv", "image_id,truth\n", "it lacks"),
         (
             "predictions.csv",
-            "image_id,lesion_id,truth," + ",".join(CLASSES) + "\n",
+            f"image_id,lesion_id,truth,{COLUMNS}\n",
             "a header only",
         ),
         (
             "predictions.csv",
-            "image_id,lesion_id,truth," + ",".join(CLASSES) + "\na,b,nv,0.1,0,0,0,0,1,0\n",
+            f"image_id,lesion_id,truth,{COLUMNS}\na,b,nv,0.1,0,0,0,0,1,0\n",
             "sum to 1",
         ),
         (
             "predictions.csv",
-            "image_id,lesion_id,truth," + ",".join(CLASSES) + "\n" + "a,b,nv,0,0,0,0,0,1,0\n" * 2,
+            f"image_id,lesion_id,truth,{COLUMNS}\n" + "a,b,nv,0,0,0,0,0,1,0\n" * 2,
             "line 3: a is in line 2 already",
         ),
         ("metrics.json", "{", "metrics.json is damaged"),
         ("metrics.json", '{"num_images": 3}', "different evaluations"),
         ("config.json", "[]", "config.json is damaged"),
-        ("calibration.json", "{}", "none that this version"),
+        ("calibration.json", "{}", "was not written by this version"),
         ("robustness.csv", "corruption\nfog\n", "robustness.csv is damaged"),
         ("robustness.csv", "", "robustness.csv is damaged"),
         ("explanations/manifest.json", '{"split": 1}', "manifest.json is damaged"),
@@ -393,6 +499,10 @@ def test_missing_predictions_and_nowhere_to_write_are_answered(bare, tmp_path):
         ("metrics.json", b'{"members": {"workdir": "a"}}'),
         ("metrics.json", b'{"folds": [1]}'),
         ("metrics.json", b'{"decision": []}'),
+        ("metrics.json", b'{"classes": 7}'),
+        ("metrics.json", b'{"classes": ["mel", "Mel"]}'),
+        ("metrics.json", b'{"classes": ["mel", "nv"], "malignant": ["bcc"]}'),
+        ("metrics.json", b'{"classes": ["mel", "nv"], "malignant": [], "titles": ["a"]}'),
         ("config.json", b"[" * 100_000),
         ("explanations/manifest.json", b'{"a": "\\ud800"}'),
         ("explanations/manifest.json", b'{"split": "val", "step": 7, "panels": [1]}'),
