@@ -60,7 +60,6 @@ RANGES = {
     "augment.crop_px": (16, 1024),
     "augment.strength": (0, 2),
     "augment.rotation": (0, 180),
-    "augment.shear": (0, 1),
     "augment.color": (0, 1),
     "augment.cutout": (0, 0.75),
     "augment.mixup": (0, math.inf),
@@ -170,7 +169,6 @@ def base() -> ml_collections.ConfigDict:
     augment.crop_ratio = (0.75, 4 / 3)  # width to height of a random crop
     augment.dihedral = True  # the eight flips and quarter turns, in training
     augment.rotation = 0.0  # free turns within +- rotation degrees, beside the dihedral ones
-    augment.shear = 0.0  # within +- shear columns a row
     augment.color = 0.2  # brightness, contrast and saturation within 1 +- color; hue color / 4
     augment.cutout = 0.0  # side of the grey square, share of crop_px; 0: off
     augment.mixup = 0.0  # alpha of Beta(alpha, alpha); 0: off

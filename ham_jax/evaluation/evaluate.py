@@ -16,6 +16,7 @@ import pandas as pd
 
 from ham_jax import CLASSES, DISCLAIMER, checkpoints, console, files, models, parallel
 from ham_jax import config as configuration
+from ham_jax.classes import Classes
 from ham_jax.config import InputError
 from ham_jax.data import feed, metadata, preprocess
 from ham_jax.data import prepare as preparation
@@ -159,9 +160,10 @@ def load(workdir: Path, overrides: list[tuple[str, str]], mesh: jax.sharding.Mes
       InputError: no checkpoint there, one of other classes, or keys that may not be set anew.
     """
     params, batch_stats, ema, meta, step = checkpoints.load_for_inference(workdir)
-    if tuple(meta["classes"]) != CLASSES:
+    names = Classes.from_json(meta["classes"]).names
+    if names != CLASSES:
         raise InputError(
-            f"--workdir={workdir} tells {', '.join(meta['classes'])} apart; this version of ham_jax"
+            f"--workdir={workdir} tells {', '.join(names)} apart; this version of ham_jax"
             f" knows {', '.join(CLASSES)}."
         )
     config = configuration.from_dict(meta["config"])
