@@ -34,7 +34,7 @@ ONLY_IN = {
     "tensorflow_datasets": ["data/ham10000.py"],
     "orbax": ["checkpoints.py"],
     "etils": ["local_path.py"],
-    "optax": ["training/losses.py", "training/optim.py", "training/step.py"],
+    "optax": ["training/optim.py", "training/step.py"],
     "flax": ["models/", "training/step.py"],
     "huggingface_hub": ["models/pretrained.py"],
     "safetensors": ["models/pretrained.py"],

@@ -40,7 +40,11 @@ def refuse_trained_on(source: str, judged: pd.DataFrame, key: str) -> None:
                 " lists its splits: keep to it (in training data.split_csv reads it), or take other"
                 " weights."
             )
-        at = checkpoints.read_run_config(folder, is_trained=True).model.pretrained if run.exists() else None
+        at = (
+            checkpoints.read_run_config(folder, is_trained=True).model.pretrained
+            if run.exists()
+            else None
+        )
     if at and at != source and ":" not in at and not Path(at).exists():
         _warn_of_unknown(source, key, f"it started from {at!r}, which is not here")
 

@@ -1,4 +1,7 @@
-"""Pixels -> logits: networks as pure functions of plain dicts."""
+"""Pixels -> logits: networks as pure functions of plain dicts.
+
+A new backbone is a file that ends with its `Family`, and an entry of `FAMILIES`.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,11 +12,56 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
+from ham_jax import config as configuration
+from ham_jax.config import InputError
 from ham_jax.models import convnext, efficientnet, resnet
-from ham_jax.models.classifier import Classifier
+from ham_jax.models.classifier import Classifier, Normalize
+from ham_jax.models.family import Family
 
 Tree = dict[str, Any]
 """Nested dicts of arrays with string keys."""
+
+FAMILIES: tuple[Family, ...] = (resnet.FAMILY, efficientnet.FAMILY, convnext.FAMILY)
+
+
+def names() -> tuple[str, ...]:
+    """Returns the values that `model.name` may have."""
+    return tuple(name for family in FAMILIES for name in family.names)
+
+
+def family_of(name: str) -> Family:
+    """Returns the family of a network.
+
+    Raises:
+      InputError: there is no such network.
+    """
+    for family in FAMILIES:
+        if name in family.names:
+            return family
+    raise InputError(
+        f"model.name = {name!r} must be one of {', '.join(map(repr, names()))}."
+        f"{configuration.nearest(name, names())}"
+    )
+
+
+def faults(config: ml_collections.ConfigDict) -> list[str]:
+    """Returns a sentence for each reason why this configuration's network cannot be built.
+
+    Args:
+      config: the whole configuration.
+    """
+    name = config.model.name
+    try:
+        min_px = family_of(name).min_px
+    except InputError as error:
+        return error.faults
+    sides = [("augment.crop_px", config.augment.crop_px)]
+    sides += [("augment.progressive", px) for _, px in config.augment.progressive]
+    return [
+        f"{key} = {px} is too small for {name}: set {min_px} or more."
+        for key, px in sides
+        if px < min_px
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +71,13 @@ class Network:
     Attributes:
       name: such as resnet18.
       init: seed -> (params, batch_stats), float32. `params` has the parts `backbone`, `head` and,
-        where metadata are used, `fusion`; `batch_stats` has `backbone` (where it has BatchNorm)
+        where metadata is used, `fusion`; `batch_stats` has `backbone` (where it has BatchNorm)
         and `normalize`: the mean and std of RGB in [0, 1] that the weights expect.
       apply: (params, batch_stats, image float32 [B, H, W, 3] in [0, 1], train, key=None,
         metadata=None) -> (logits float32 [B, C], new batch_stats). The network normalises the
         image itself. In training BatchNorm looks at the whole global batch, and dropout and
         stochastic depth, where they are on, need a `key`. metadata: float32 [B, M], for a network
-        built with M > 0 of them.
+        built with M > 0.
       features: (params, batch_stats, image) -> float32 [B, F], the backbone's features as the head
         sees them in evaluation, before metadata.
       class_maps: (params, batch_stats, image, classes int [B], metadata=None) -> (map, gradient),
@@ -50,94 +98,100 @@ def build(config: ml_collections.ConfigDict, num_classes: int, num_metadata: int
     Args:
       config: the section `model`.
       num_classes: C.
-      num_metadata: M, the numbers known of each image beside its pixels; 0: none are used.
+      num_metadata: M, the length of an image's metadata; 0: the network takes none.
+
+    Raises:
+      InputError: there is no network of this name.
     """
-    dtype = _dtype(config.dtype)
-    random = config.dropout > 0 or config.drop_path > 0
+    family, dtype = family_of(config.name), _dtype(config.dtype)
 
     def make(rngs: nnx.Rngs) -> Classifier:
-        if config.name in efficientnet.SCALES:
-            family = efficientnet
-            backbone = efficientnet.EfficientNetLite(config.name, config.drop_path, dtype, rngs)
-        elif config.name in convnext.SCALES:
-            family = convnext
-            backbone = convnext.ConvNeXt(config.name, config.drop_path, dtype, rngs)
-        else:
-            family = resnet
-            backbone = resnet.ResNet(
-                config.name, config.stem, config.zero_init_residual, config.drop_path, dtype, rngs
-            )
         return Classifier(
-            backbone,
+            family.build(config, dtype, rngs),
+            Normalize(family.mean, family.std),
             num_classes,
-            family.MEAN,
-            family.STD,
             dropout=config.dropout,
             num_metadata=num_metadata,
             rngs=rngs,
         )
 
-    def init(seed: int) -> tuple[Tree, Tree]:
+    random = config.dropout > 0 or config.drop_path > 0
+    functions = _Functions(make, random, num_metadata)
+    return Network(
+        config.name, functions.init, functions.apply, functions.features, functions.class_maps
+    )
+
+
+class _Functions:
+    """The functions of a `Network`, which has their signatures.
+
+    Args:
+      make: rngs -> module.
+      random: training needs a key.
+      num_metadata: M.
+    """
+
+    def __init__(self, make: Callable[[nnx.Rngs], Classifier], random: bool, num_metadata: int):
+        self._make, self._random, self._num_metadata = make, random, num_metadata
+        shape = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+        self._graphs = {
+            train: nnx.split(
+                # Not every backbone has BatchNorm.
+                nnx.view(
+                    shape,
+                    deterministic=not train,
+                    use_running_average=not train,
+                    raise_if_not_found=False,
+                ),
+                nnx.Param,
+                nnx.BatchStat,
+            )[0]
+            for train in (True, False)
+        }
+
+    def init(self, seed: int) -> tuple[Tree, Tree]:
         @jax.jit
         def initial(key):
-            _, params, stats = nnx.split(make(nnx.Rngs(key)), nnx.Param, nnx.BatchStat)
+            _, params, stats = nnx.split(self._make(nnx.Rngs(key)), nnx.Param, nnx.BatchStat)
             return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
         return initial(jax.random.key(seed))
 
-    shape = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
-    graphs = {
-        train: nnx.split(
-            # Not every backbone has BatchNorm.
-            nnx.view(
-                shape,
-                deterministic=not train,
-                use_running_average=not train,
-                raise_if_not_found=False,
-            ),
-            nnx.Param,
-            nnx.BatchStat,
-        )[0]
-        for train in (True, False)
-    }
-
-    def check(metadata: jax.Array | None) -> None:
-        if (metadata is None) != (num_metadata == 0):
-            raise ValueError(f"the network was built for {num_metadata} metadata")
-
     def apply(
+        self,
         params: Tree,
         batch_stats: Tree,
         image: jax.Array,
         train: bool,
         key: jax.Array | None = None,
         metadata: jax.Array | None = None,
-    ):
-        if train and random and key is None:
+    ) -> tuple[jax.Array, Tree]:
+        if train and self._random and key is None:
             raise ValueError("dropout and stochastic depth need a key in training")
-        check(metadata)
-        net = nnx.merge(graphs[train], params, batch_stats, copy=True)
-        rngs = nnx.Rngs(dropout=key) if train and random else None
+        self._check(metadata)
+        net = self._module(params, batch_stats, train)
+        rngs = nnx.Rngs(dropout=key) if train and self._random else None
         logits = net(image, metadata, rngs)
         if train:
             batch_stats = nnx.to_pure_dict(nnx.state(net, nnx.BatchStat))
         return logits, batch_stats
 
-    def features(params: Tree, batch_stats: Tree, image: jax.Array) -> jax.Array:
-        net = nnx.merge(graphs[False], params, batch_stats, copy=True)
+    def features(self, params: Tree, batch_stats: Tree, image: jax.Array) -> jax.Array:
+        net = self._module(params, batch_stats)
         return net.backbone(net.normalize(image))
 
     def class_maps(
+        self,
         params: Tree,
         batch_stats: Tree,
         image: jax.Array,
         classes: jax.Array,
         metadata: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        check(metadata)
+        self._check(metadata)
 
         def logits_of_classes(offset):
-            net = nnx.merge(graphs[False], params, batch_stats, copy=True)
+            net = self._module(params, batch_stats)
             pool, maps = net.backbone.pool, []
 
             def tapped(x):
@@ -156,7 +210,12 @@ def build(config: ml_collections.ConfigDict, num_classes: int, num_metadata: int
         )
         return last, gradient
 
-    return Network(config.name, init, apply, features, class_maps)
+    def _module(self, params: Tree, batch_stats: Tree, train: bool = False) -> Classifier:
+        return nnx.merge(self._graphs[train], params, batch_stats, copy=True)
+
+    def _check(self, metadata: jax.Array | None) -> None:
+        if (metadata is None) != (self._num_metadata == 0):
+            raise ValueError(f"the network was built for {self._num_metadata} metadata")
 
 
 def _dtype(name: str) -> jnp.dtype:

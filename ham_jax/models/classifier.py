@@ -26,7 +26,7 @@ class Normalize(nnx.Module):
 
 
 class Fusion(nnx.Module):
-    """Two layers over what is known of a patient, to stand beside what is seen in the image."""
+    """Two layers over an image's metadata, to stand beside the image's features."""
 
     def __init__(self, num_metadata: int, rngs: nnx.Rngs):
         self.layer1 = nnx.Linear(num_metadata, _WIDTH, rngs=rngs)
@@ -38,14 +38,13 @@ class Fusion(nnx.Module):
 
 
 class Classifier(nnx.Module):
-    """Normalisation, backbone, dropout, metadata where there are any, and a linear head.
+    """Normalisation, backbone, dropout, metadata where the network takes it, and a linear head.
 
     Args:
       backbone: (normalised image [B, H, W, 3], rngs) -> features float32 [B, F], with the
         attribute `num_features`, F.
+      normalize: of the image, as the backbone's weights expect it.
       num_classes: C.
-      mean: of RGB in [0, 1], what the backbone's weights expect to be subtracted.
-      std: what they expect the rest to be divided by.
       dropout: share of the features set to zero in training (Srivastava et al., JMLR 2014).
       num_metadata: M; 0: the network sees the image only.
       rngs: for the initial weights.
@@ -54,15 +53,14 @@ class Classifier(nnx.Module):
     def __init__(
         self,
         backbone: nnx.Module,
+        normalize: Normalize,
         num_classes: int,
-        mean: Sequence[float],
-        std: Sequence[float],
         *,
         dropout: float = 0.0,
         num_metadata: int = 0,
         rngs: nnx.Rngs,
     ):
-        self.normalize = Normalize(mean, std)
+        self.normalize = normalize
         self.backbone = backbone
         self.dropout = nnx.Dropout(dropout)
         self.fusion = Fusion(num_metadata, rngs) if num_metadata else None

@@ -3,7 +3,7 @@
 On GPU and TPU they are XLA's own. XLA's CPU backend has cliffs, where the same sum written as a
 matrix product or as shifted slices is many times faster. There a convolution, its input gradient
 and its weight gradient each take the form that `choose` picks by the static shape;
-`python -m ham_jax.benchmark conv` times every form and shows where the choice is not the fastest.
+`python benchmarks/speed.py conv` times every form and shows where the choice is not the fastest.
 Every form computes the same sums.
 
 Images are [B, H, W, C], kernels [kh, kw, C_in / groups, C_out].
@@ -374,10 +374,11 @@ def _surrounded(part: jax.Array, rows: slice, columns: slice, size: tuple[int, i
 def _output_size(
     x: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry
 ) -> tuple[int, int]:
-    return tuple(
+    height, width = (
         (x[axis + 1] + sum(geometry.pads[axis]) - kernel[axis]) // geometry.stride + 1
         for axis in (0, 1)
     )
+    return height, width
 
 
 def _taps(x: jax.Array, kernel: tuple[int, ...], geometry: Geometry) -> list[jax.Array]:
@@ -412,20 +413,34 @@ def max_pool(x: jax.Array, size: int, stride: int, padding: int) -> jax.Array:
     return x
 
 
+class Kernel(NamedTuple):
+    """A square kernel and how it moves, for `Conv`.
+
+    Attributes:
+      size: of its side.
+      stride: in both directions.
+      depthwise: each channel is convolved by itself.
+      same: pad as TensorFlow does, the odd zero below and to the right, so that a strided kernel
+        over an even side starts at its first pixel; else by half the kernel on each side, and an
+        even kernel, which cuts a map into patches, not at all.
+      init: of its values; None: He's (fan out, as for ResNets: He et al., ICCV 2015).
+    """
+
+    size: int
+    stride: int = 1
+    depthwise: bool = False
+    same: bool = False
+    init: jax.nn.initializers.Initializer | None = None
+
+
 class Conv(nnx.Module):
     """A convolution.
 
     Args:
       num_in: channels in.
-      num_out: channels out.
-      size: of the square kernel.
-      stride: in both directions.
-      depthwise: each channel by itself; num_out equals num_in.
-      same: pad as TensorFlow does, the odd zero below and to the right, so that a strided kernel
-        over an even side starts at its first pixel; else by half the kernel on each side, and an
-        even kernel, which cuts a map into patches, not at all.
+      num_out: channels out; as many if the kernel is depthwise.
+      kernel: its shape.
       bias: add one number a channel, at first 0.
-      init: of the kernel; None: He's (fan out, as for ResNets: He et al., ICCV 2015).
       dtype: to compute in; the parameters are kept in float32.
       rngs: for the initial kernel.
     """
@@ -434,16 +449,13 @@ class Conv(nnx.Module):
         self,
         num_in: int,
         num_out: int,
-        size: int,
-        stride: int = 1,
+        kernel: Kernel,
         *,
-        depthwise: bool = False,
-        same: bool = False,
         bias: bool = False,
-        init: jax.nn.initializers.Initializer | None = None,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
+        size, self.stride, depthwise, self.same, init = kernel
         if init is None:
             # Each depthwise channel feeds one channel only.
             axes = {"in_axis": -2, "out_axis": -2, "batch_axis": -1} if depthwise else {}
@@ -451,7 +463,7 @@ class Conv(nnx.Module):
         shape = (size, size, 1 if depthwise else num_in, num_out)
         self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(num_out)) if bias else None
-        self.size, self.stride, self.same, self.dtype = size, stride, same, dtype
+        self.size, self.dtype = size, dtype
         self.groups = num_in if depthwise else 1
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ham_jax.models import drop_path as stochastic_depth
-from ham_jax.models.conv import Conv
+from ham_jax.models.conv import Conv, Kernel
+from ham_jax.models.family import Family
 from ham_jax.models.pool import Pool
 
 # blocks and channels of each stage
@@ -22,8 +23,6 @@ SCALES = {
     "convnext_nano": ((2, 2, 8, 2), (80, 160, 320, 640)),
     "convnext_tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
 }
-MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in [0, 1], as published weights expect
-STD = (0.229, 0.224, 0.225)
 _LAYER_SCALE = 1e-6  # each block starts close to its input
 _INIT = nnx.initializers.normal(0.02)
 
@@ -43,7 +42,7 @@ class Stem(nnx.Module):
     """Patches of 4 x 4 pixels, each a vector of channels."""
 
     def __init__(self, num_out, *, dtype, rngs: nnx.Rngs):
-        self.conv = Conv(3, num_out, 4, 4, bias=True, init=_INIT, dtype=dtype, rngs=rngs)
+        self.conv = Conv(3, num_out, Kernel(4, 4, init=_INIT), bias=True, dtype=dtype, rngs=rngs)
         self.norm = LayerNorm(num_out, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -56,7 +55,8 @@ class Downsample(nnx.Module):
 
     def __init__(self, num_in, num_out, *, dtype, rngs: nnx.Rngs):
         self.norm = LayerNorm(num_in, rngs)
-        self.conv = Conv(num_in, num_out, 2, 2, bias=True, init=_INIT, dtype=dtype, rngs=rngs)
+        kernel = Kernel(2, 2, init=_INIT)
+        self.conv = Conv(num_in, num_out, kernel, bias=True, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, num_in] -> [B, H / 2, W / 2, num_out], rounded down."""
@@ -68,7 +68,8 @@ class Block(nnx.Module):
 
     def __init__(self, channels, drop_path, *, dtype, rngs: nnx.Rngs):
         make = {"dtype": dtype, "rngs": rngs}
-        self.depthwise = Conv(channels, channels, 7, depthwise=True, bias=True, init=_INIT, **make)
+        kernel = Kernel(7, depthwise=True, init=_INIT)
+        self.depthwise = Conv(channels, channels, kernel, bias=True, **make)
         self.norm = LayerNorm(channels, rngs)
         self.expand = nnx.Linear(channels, 4 * channels, kernel_init=_INIT, **make)
         self.project = nnx.Linear(4 * channels, channels, kernel_init=_INIT, **make)
@@ -130,3 +131,34 @@ class ConvNeXt(nnx.Module):
         for number in range(1, 5):
             x = getattr(self, f"stage{number}")(x, rngs)
         return self.norm(self.pool(x))
+
+
+_TORCH_NAMES = (  # timm's
+    (r"stem/conv", "stem.0"),
+    (r"stem/norm", "stem.1"),
+    (r"stage\d/downsample/norm", "stages.{stage}.downsample.0"),
+    (r"stage\d/downsample/conv", "stages.{stage}.downsample.1"),
+    (r"stage\d/block(\d+)/depthwise", r"stages.{stage}.blocks.\1.conv_dw"),
+    (r"stage\d/block(\d+)/norm", r"stages.{stage}.blocks.\1.norm"),
+    (r"stage\d/block(\d+)/expand", r"stages.{stage}.blocks.\1.mlp.fc1"),
+    (r"stage\d/block(\d+)/project", r"stages.{stage}.blocks.\1.mlp.fc2"),
+    (r"stage\d/block(\d+)", r"stages.{stage}.blocks.\1.gamma"),  # the layer scale
+    (r"norm", "head.norm"),
+    (r"head", "head.fc"),
+)
+
+FAMILY = Family(
+    names=tuple(SCALES),
+    build=lambda config, dtype, rngs: ConvNeXt(config.name, config.drop_path, dtype, rngs),
+    min_px=32,  # it takes the side down to a 32nd
+    torch_names=lambda paths: _TORCH_NAMES,
+    other_names=(  # facebookresearch/ConvNeXt's
+        (r"downsample_layers\.0\.", "stem."),
+        (r"downsample_layers\.(\d)\.", r"stages.\1.downsample."),
+        (r"stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
+        (r"(.*)\.dwconv\.", r"\1.conv_dw."),
+        (r"(.*)\.pwconv(\d)\.", r"\1.mlp.fc\2."),
+        (r"head\.(weight|bias)", r"head.fc.\1"),
+        (r"norm\.", "head.norm."),
+    ),
+)

@@ -12,7 +12,8 @@ import jax
 from flax import nnx
 
 from ham_jax.models import drop_path as stochastic_depth
-from ham_jax.models.conv import Conv
+from ham_jax.models.conv import Conv, Kernel
+from ham_jax.models.family import Family
 from ham_jax.models.norm import Norm
 from ham_jax.models.pool import Pool
 
@@ -22,8 +23,6 @@ SCALES = {
     "efficientnet_lite1": (1.1, 1.0),
     "efficientnet_lite2": (1.2, 1.1),
 }
-MEAN = (127 / 255,) * 3  # of RGB in [0, 1]
-STD = (128 / 255,) * 3
 _EPSILON = 1e-3
 _STEM, _HEAD = 32, 1280  # channels
 
@@ -42,10 +41,8 @@ _STAGES = (
 class ConvNorm(nnx.Module):
     """Convolution and BatchNorm."""
 
-    def __init__(self, num_in, num_out, size, stride=1, *, depthwise=False, dtype, rngs: nnx.Rngs):
-        self.conv = Conv(
-            num_in, num_out, size, stride, depthwise=depthwise, same=True, dtype=dtype, rngs=rngs
-        )
+    def __init__(self, num_in, num_out, kernel: Kernel, *, dtype, rngs: nnx.Rngs):
+        self.conv = Conv(num_in, num_out, kernel._replace(same=True), dtype=dtype, rngs=rngs)
         self.norm = Norm(num_out, epsilon=_EPSILON, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -58,9 +55,9 @@ class Block(nnx.Module):
 
     def __init__(self, num_in, num_out, size, stride, expansion, drop_path=0.0, **make):
         width = num_in * expansion
-        self.expand = ConvNorm(num_in, width, 1, **make) if expansion > 1 else None
-        self.depthwise = ConvNorm(width, width, size, stride, depthwise=True, **make)
-        self.project = ConvNorm(width, num_out, 1, **make)
+        self.expand = ConvNorm(num_in, width, Kernel(1), **make) if expansion > 1 else None
+        self.depthwise = ConvNorm(width, width, Kernel(size, stride, depthwise=True), **make)
+        self.project = ConvNorm(width, num_out, Kernel(1), **make)
         self.around = stride == 1 and num_in == num_out
         self.drop_path = stochastic_depth.DropPath(drop_path)
 
@@ -107,14 +104,14 @@ class EfficientNetLite(nnx.Module):
         rates = stochastic_depth.rates(drop_path, depths)
         make = {"dtype": dtype, "rngs": rngs}
         self.dtype = dtype
-        self.stem = ConvNorm(3, _STEM, 3, 2, **make)
+        self.stem = ConvNorm(3, _STEM, Kernel(3, 2), **make)
         num_channels = _STEM
         for number, (_, size, stride, expansion, channels) in enumerate(_STAGES):
             num_out = _round_to_8(channels * width)
             stage = Stage(num_channels, num_out, rates[number], size, stride, expansion, **make)
             setattr(self, f"stage{number + 1}", stage)
             num_channels = num_out
-        self.top = ConvNorm(num_channels, _HEAD, 1, **make)
+        self.top = ConvNorm(num_channels, _HEAD, Kernel(1), **make)
         self.pool = Pool()
         self.num_features = _HEAD
 
@@ -130,3 +127,25 @@ def _round_to_8(channels: float) -> int:
     """Rounds to a multiple of 8, but never down by more than a tenth."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded
+
+
+_TORCH_NAMES = (  # efficientnet_lite_pytorch's
+    (r"stem/conv", "_conv_stem"),
+    (r"stem/norm", "_bn0"),
+    (r"stage\d/block\d+/(expand|depthwise|project)/conv", r"_blocks.{block}._\1_conv"),
+    (r"stage\d/block\d+/expand/norm", "_blocks.{block}._bn0"),
+    (r"stage\d/block\d+/depthwise/norm", "_blocks.{block}._bn1"),
+    (r"stage\d/block\d+/project/norm", "_blocks.{block}._bn2"),
+    (r"top/conv", "_conv_head"),
+    (r"top/norm", "_bn1"),
+    (r"head", "_fc"),
+)
+
+FAMILY = Family(
+    names=tuple(SCALES),
+    build=lambda config, dtype, rngs: EfficientNetLite(config.name, config.drop_path, dtype, rngs),
+    mean=(127 / 255,) * 3,
+    std=(128 / 255,) * 3,
+    torch_names=lambda paths: _TORCH_NAMES,
+    packages={name.replace("_", "-"): name for name in SCALES},
+)

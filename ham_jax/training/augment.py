@@ -1,21 +1,21 @@
 """Random views of a batch, drawn and computed on the device.
 
-Each transform is a pure function of explicit parameters; `augment` draws them. Every draw has a
-key of its own, so that switching one transform off leaves the others' draws as they were.
+`TRANSFORMS` lists them in the order in which they are applied. Each has random streams of its own,
+so that turning one off leaves the draws of the others as they were.
 
 Images are float32 in [0, 1], RGB, [B, s, s, 3]; targets are probabilities, [B, C].
 """
 
+import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 
 from ham_jax.data import preprocess
-
-NUM_DRAWS = 8  # the keys fold_in(key, 0 to 7) are taken
-_CROP, _DIHEDRAL, _COLOR, _CUTOUT, _CHOICE, _MIXUP, _CUTMIX, _WARP = range(NUM_DRAWS)
+from ham_jax.training.streams import Stream
 
 
 def augment(
@@ -30,8 +30,8 @@ def augment(
 
     Where images are mixed, so is what belongs to them, by the same shares.
 
-    `strength` scales the range of the crops' areas, turns, shears, colour changes and the cutout;
-    at 0 each image is the central square that evaluation sees, flipped and turned by quarters.
+    `strength` scales the range of the crops' areas, turns, colour changes and the cutout; at 0 each
+    image is the central square that evaluation sees, flipped and turned by quarters.
 
     Args:
       key: of this step.
@@ -44,11 +44,24 @@ def augment(
     Returns:
       (float32 [B, crop_px, crop_px, 3], float32 [B, C], float32 [B, M] or None).
     """
-    keys = [jax.random.fold_in(key, number) for number in range(NUM_DRAWS)]
+    target = jax.nn.one_hot(label, num_classes)
+    if metadata is not None:
+        target = jnp.concatenate([target, metadata], axis=-1)
+    for transform in TRANSFORMS:
+        if any(config[name] for name in transform.keys):
+            draws = [jax.random.fold_in(key, stream) for stream in transform.streams]
+            image, target = transform.apply(config, image, target, *draws)
+    if metadata is None:
+        return image, target, None
+    return image, target[:, :num_classes], target[:, num_classes:]
+
+
+def _view(config, image, target, of_crop, of_dihedral, of_warp):
+    """Crops, turns and flips; the first transform, which makes float32 of the canvas's uint8."""
     batch_size, height, width, _ = image.shape
     if config.strength:
         boxes = draw_boxes(
-            keys[_CROP],
+            of_crop,
             batch_size,
             height,
             width,
@@ -57,45 +70,77 @@ def augment(
         )
     else:
         boxes = jnp.asarray(preprocess.central_boxes(batch_size, height, width, 1.0))
-    k = jax.random.randint(keys[_DIHEDRAL], (batch_size,), 0, 8) if config.dihedral else 0
+    k = jax.random.randint(of_dihedral, (batch_size,), 0, 8) if config.dihedral else 0
     if config.strength and config.rotation:
-        rotation = math.radians(config.rotation) * config.strength
-        matrix = draw_warp(keys[_WARP], batch_size, rotation, 0.0)
+        matrix = draw_turns(of_warp, batch_size, math.radians(config.rotation) * config.strength)
         view = preprocess.dihedral(resample_warped(image, boxes, matrix, config.crop_px), k)
     elif config.dihedral:
         view = preprocess.resample_dihedral(image, boxes, k, config.crop_px)
     else:
         view = preprocess.resample(image, boxes, config.crop_px)
-    view = preprocess.shades_of_gray(view, config.shades_of_gray)
+    return view, target
+
+
+def _constant_color(config, image, target):
+    return preprocess.shades_of_gray(image, config.shades_of_gray), target
+
+
+def _color(config, image, target, key):
     reach = min(config.color * config.strength, 0.9)
     if reach:
-        view = change_color(view, *draw_color(keys[_COLOR], batch_size, reach))
+        image = change_color(image, *draw_color(key, len(image), reach))
+    return image, target
+
+
+def _cutout(config, image, target, key):
     side = min(config.cutout * config.strength, 0.75)
     if side:
-        centers = jax.random.uniform(keys[_CUTOUT], (batch_size, 2))
-        view = cutout(view, centers, round(side * config.crop_px))
-    target = jax.nn.one_hot(label, num_classes)
-    if metadata is None:
-        return *_mixed(keys, view, target, config), None
-    both = jnp.concatenate([target, metadata], axis=-1)
-    view, both = _mixed(keys, view, both, config)
-    return view, both[:, :num_classes], both[:, num_classes:]
+        centers = jax.random.uniform(key, (len(image), 2))
+        image = cutout(image, centers, round(side * config.crop_px))
+    return image, target
 
 
-def _mixed(keys, view, target, config) -> tuple[jax.Array, jax.Array]:
+def _mix(config, image, target, of_choice, of_mixup, of_cutmix):
     """Applies mixup or cutmix; with both on, a fair coin chooses for the whole batch."""
-    share, center = draw_patch(keys[_CUTMIX], config.cutmix or 1.0)
-    if config.mixup and config.cutmix:
-        own = draw_share(keys[_MIXUP], config.mixup)
-        heads = jax.random.bernoulli(keys[_CHOICE])
-        # At share 1 either of them leaves the batch as it is.
-        view, target = mixup(view, target, jnp.where(heads, own, 1.0))
-        return cutmix(view, target, jnp.where(heads, 1.0, share), center)
+    if not config.cutmix:
+        return mixup(image, target, draw_share(of_mixup, config.mixup))
+    share, center = draw_patch(of_cutmix, config.cutmix)
     if config.mixup:
-        return mixup(view, target, draw_share(keys[_MIXUP], config.mixup))
-    if config.cutmix:
-        return cutmix(view, target, share, center)
-    return view, target
+        own = draw_share(of_mixup, config.mixup)
+        heads = jax.random.bernoulli(of_choice)
+        # At share 1 either of them leaves the batch as it is.
+        image, target = mixup(image, target, jnp.where(heads, own, 1.0))
+        share = jnp.where(heads, 1.0, share)
+    return cutmix(image, target, share, center)
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """One step from a canvas to what the network sees.
+
+    Attributes:
+      apply: (section `augment`, image, target [B, C + M], a key a stream) -> (image, target); the
+        target's last M columns are the metadata, which mixes as the classes do.
+      keys: of the section, that it reads; where all of them are 0, it is left out.
+      streams: of its random draws, used nowhere else.
+    """
+
+    apply: Callable[..., tuple[jax.Array, jax.Array]]
+    keys: tuple[str, ...]
+    streams: tuple[int, ...] = ()
+
+
+TRANSFORMS = (
+    Transform(
+        _view,
+        ("crop_px", "crop_scale", "crop_ratio", "dihedral", "rotation"),
+        (Stream.CROP, Stream.DIHEDRAL, Stream.WARP),
+    ),
+    Transform(_constant_color, ("shades_of_gray",)),
+    Transform(_color, ("color",), (Stream.COLOR,)),
+    Transform(_cutout, ("cutout",), (Stream.CUTOUT,)),
+    Transform(_mix, ("mixup", "cutmix"), (Stream.MIX_CHOICE, Stream.MIXUP, Stream.CUTMIX)),
+)
 
 
 def stretched(crop_scale: tuple[float, float], strength: float) -> tuple[float, float]:
@@ -133,22 +178,21 @@ def draw_boxes(
     return jnp.stack([top, left, box_height, box_width], -1)
 
 
-def draw_warp(key: jax.Array, batch_size: int, rotation: float, shear: float) -> jax.Array:
-    """Draws a turn and a shear, from places in the view to places in the canvas, [B, 2, 2].
+def draw_turns(key: jax.Array, batch_size: int, reach: float) -> jax.Array:
+    """Draws turns by angles uniform within +- reach (radians), as matrices [B, 2, 2].
 
-    Angles are uniform within +- rotation (radians), the shear (columns a row) within +- shear.
+    They lead from places in the view to places in the canvas.
     """
-    angle, slope = jax.random.uniform(key, (2, batch_size), minval=-1.0, maxval=1.0)
-    cos, sin = jnp.cos(angle * rotation), jnp.sin(angle * rotation)
-    slope = slope * shear
-    rows = [jnp.stack([cos, -sin], -1), jnp.stack([sin + slope * cos, cos - slope * sin], -1)]
-    return jnp.stack(rows, 1)
+    # Two numbers an image, of which the second is no longer used: the first stays what it was.
+    angle, _ = jax.random.uniform(key, (2, batch_size), minval=-1.0, maxval=1.0)
+    cos, sin = jnp.cos(angle * reach), jnp.sin(angle * reach)
+    return jnp.stack([jnp.stack([cos, -sin], -1), jnp.stack([sin, cos], -1)], 1)
 
 
 def resample_warped(
     image: jax.Array, boxes: jax.Array, matrix: jax.Array, size_px: int
 ) -> jax.Array:
-    """Cuts a box that is turned or sheared about its middle, and scales it to a square.
+    """Cuts a box that is turned about its middle, and scales it to a square.
 
     Each pixel is interpolated once (bilinear), as in `preprocess.resample`, so that a turn does not
     blur. Where the canvas is much larger than the result, each result pixel is the mean of 2x2 or

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import jax
 import ml_collections
 import numpy as np
 
-from ham_jax import checkpoints, console, models, parallel
-from ham_jax import classes as diagnoses
+from ham_jax import checkpoints, classes, console, models, parallel
 from ham_jax import config as configuration
 from ham_jax.config import InputError
 from ham_jax.data import feed, metadata, splits
 from ham_jax.data import prepare as preparation
+from ham_jax.data.ham10000 import Subset
 from ham_jax.evaluation import evaluate, leakage, metrics
 from ham_jax.evaluation.predictions import Predictions
 from ham_jax.model import Model, judged_weights
@@ -28,7 +29,7 @@ _STEPS_PER_DISPATCH = 8  # at most, where the number is not given
 
 
 class Preempted(Exception):  # noqa: N818 - not an error: the run was asked to stop
-    """The run was asked to stop, saved its state and can be taken up again.
+    """The run was asked to stop; it saved its state and can be resumed.
 
     Attributes:
       exit_code: 75 after SIGTERM, 130 after Ctrl-C.
@@ -90,7 +91,7 @@ class Plan:
         return calls
 
     def _steps_per_call(self, step: int, most: int) -> int:
-        """A function of the step alone, so that a run taken up again groups them alike."""
+        """A function of the step alone, so that a resumed run groups them alike."""
         last = step + most
         whole = step % most == 0 and last <= self.num_steps
         alike = self.crop_px(step) == self.crop_px(last - 1)
@@ -113,11 +114,17 @@ def train(
     mesh: jax.sharding.Mesh,
     preemption: parallel.Preemption,
 ) -> dict[str, Any]:
-    """Trains, or goes on with what `workdir` holds, and evaluates the best checkpoint.
+    """Trains, or resumes from `workdir`, and evaluates the best checkpoint.
+
+    The order: what costs least to find wrong comes first. The network is built and its published
+    weights are read before the data, which may take an hour to prepare; the data are checked
+    against those weights before the optimiser is made; a run that is resumed is compared with
+    data and split before anything is written into its folder. Then come the steps. At the end the
+    best checkpoint, which need not be the last, is put back and evaluated.
 
     Args:
       config: a validated configuration.
-      workdir: where everything is written; a folder of the same run is taken up again.
+      workdir: where everything is written; a folder of the same run is resumed.
       mesh: the devices, axis `data`.
       preemption: entered; asked after each step.
 
@@ -129,127 +136,304 @@ def train(
       InputError: data or workdir do not fit the configuration.
       telemetry.NonFiniteLoss: training diverged; the last good checkpoint is kept.
     """
+    if wrong := [*models.faults(config), *losses.faults(config), *optim.faults(config)]:
+        raise InputError(wrong)
     checkpoints.check_run_config(workdir, config)
     with checkpoints.claimed(workdir):
-        return _train(config, workdir, mesh, preemption)
+        run, weights = _prepared(config, workdir, mesh)
+        validation = _Validation(run)
+        state = step.init_state(run.network, run.optimizer, config, mesh, weights)
+        with checkpoints.Checkpoints(workdir, config.checkpoint.keep) as saved:
+            state = _resumed(run, saved, state)
+            _write_inputs(run)
+            state = _trained(run, saved, state, validation, preemption)
+            best = saved.best()
+            if best != int(state["step"]):
+                state, _ = saved.restore(best, state, mesh)
+        if best not in validation.probabilities:  # a run resumed after its best evaluation
+            validation(state)
+        return _evaluated(run, state, validation.probabilities[best])
 
 
-def _train(
-    config: ml_collections.ConfigDict,
-    workdir: Path,
-    mesh: jax.sharding.Mesh,
-    preemption: parallel.Preemption,
-) -> dict[str, Any]:
-    num_metadata = metadata.NUM_METADATA if config.model.metadata else 0
-    model = Model.of(workdir, config, diagnoses.of_config(config.data), mesh)
-    network = model.forward.network
-    weights = None
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What stays the same from a run's first step to its evaluation.
+
+    Attributes:
+      config: a validated configuration.
+      workdir: of the run.
+      mesh: the devices, axis `data`.
+      data: all photographs, with their split.
+      images: those that train.
+      val_images: those that validate.
+      model: the network, without weights.
+      optimizer: from `optim.make`.
+      schedule: step -> learning rate.
+      loss: from `losses.make_loss`.
+      plan: the steps.
+    """
+
+    config: ml_collections.ConfigDict
+    workdir: Path
+    mesh: jax.sharding.Mesh
+    data: preparation.Dataset
+    images: Subset
+    val_images: Subset
+    model: Model
+    optimizer: optim.Optimizer
+    schedule: optim.Schedule
+    loss: losses.Loss
+    plan: Plan
+
+    @property
+    def network(self) -> models.Network:
+        """The network's pure functions."""
+        return self.model.forward.network
+
+    @functools.cached_property
+    def meta(self) -> dict[str, Any]:
+        """What every checkpoint says of the run."""
+        return {
+            "config": configuration.to_dict(self.config),
+            "classes": self.model.classes.to_json(),
+            "records": self.data.records.fingerprint,
+        }
+
+    @functools.cached_property
+    def train_step(self) -> Callable[[int], Callable]:
+        """The compiled step by the side of its crops in pixels."""
+
+        @functools.cache
+        def of(crop_px: int):
+            sized = self.config.copy_and_resolve_references()
+            sized.augment.crop_px = crop_px
+            return step.make_train_step(self.network, self.optimizer, self.loss, sized, self.mesh)
+
+        return of
+
+
+def _prepared(
+    config: ml_collections.ConfigDict, workdir: Path, mesh: jax.sharding.Mesh
+) -> tuple[Run, tuple[models.Tree, models.Tree] | None]:
+    """Returns the run, and the weights that it starts from if they are published ones."""
+    model = Model.of(workdir, config, classes.of_config(config.data), mesh)
+    network, weights = model.forward.network, None
     if config.model.pretrained and not checkpoints.has_checkpoints(workdir):
         weights = _pretrained(network, config)
     data = preparation.prepare(config)
     images, val_images = data.select("train"), data.select("val")
-    records = images.records
     if weights:
         leakage.refuse_trained_on(config.model.pretrained, data.held_out(), "model.pretrained")
-    labels = images.labels
+    if model.takes_metadata:
+        metadata.announce(data.records.table)
     plan = Plan.of(config, len(images))
-    codes = None
-    if num_metadata:
-        codes = metadata.encode(records.table)
-        metadata.announce(records.table)
-
     schedule = optim.schedule(config.optim, plan.warmup_steps, plan.num_steps)
     params = jax.eval_shape(lambda: network.init(config.seed)[0])
     optimizer = optim.make(config.optim, schedule, params)
-    loss = losses.make_loss(config.loss, np.bincount(labels, minlength=len(model.classes)))
+    counts = np.bincount(images.labels, minlength=len(model.classes))
+    loss = losses.make_loss(config.loss, counts, model.classes.names)
+    return Run(
+        config, workdir, mesh, data, images, val_images, model, optimizer, schedule, loss, plan
+    ), weights
 
-    @functools.cache
-    def train_step(crop_px: int):
-        """Returns the compiled step for crops of this size."""
-        sized = config.copy_and_resolve_references()
-        sized.augment.crop_px = crop_px
-        return step.make_train_step(network, optimizer, loss, sized, mesh)
 
-    val_codes = model.encode(val_images.table)
-    validated: dict[int, np.ndarray] = {}  # step -> probabilities, of this process's life
+def _resumed(run: Run, saved: checkpoints.Checkpoints, state: step.State) -> step.State:
+    """Returns the state of the latest checkpoint; `state` where there is none.
 
-    def validate(state):
-        raw = model.with_weights(state, 0).probabilities(val_images, val_codes, "Evaluating")
-        validated[int(state["step"])] = raw
-        return metrics.compute(Predictions.of(val_images, model.classes, raw))
+    Raises:
+      InputError: the run had other photographs or another split.
+    """
+    if saved.latest() is None:
+        return state
+    state, meta = saved.restore(None, state, run.mesh)
+    records, workdir = run.data.records, run.workdir
+    if meta["records"] != records.fingerprint:
+        raise InputError(
+            f"--workdir={workdir} was trained on other photographs than data.dir ="
+            f" {run.config.data.dir!r} now holds; then its training and validation would mix. Give"
+            " it the same ones, or choose another --workdir."
+        )
+    split_file = workdir / checkpoints.SPLIT
+    num_moved = 0  # also for runs of an earlier version, which have no such file
+    if split_file.exists():
+        num_moved = splits.moved(split_file, records.table, run.data.split).sum()
+    if num_moved:
+        raise InputError(
+            f"--workdir={workdir} was trained with {num_moved} images in another split than now:"
+            f" its training and validation would mix. {split_file} says who was where; restore"
+            " that split, or choose another --workdir."
+        )
+    return state
 
-    meta = {
-        "config": configuration.to_dict(config),
-        "classes": model.classes.to_json(),
-        "records": records.fingerprint,
-    }
-    state = step.init_state(network, optimizer, config, mesh, weights)
-    with checkpoints.Checkpoints(workdir, config.checkpoint.keep) as saved:
-        if saved.latest() is not None:
-            state, saved_meta = saved.restore(None, state, mesh)
-            if saved_meta["records"] != records.fingerprint:
-                raise InputError(
-                    f"--workdir={workdir} was trained on other photographs than"
-                    f" data.dir = {config.data.dir!r} now holds; then its training and validation"
-                    " would mix. Give it the same ones, or choose another --workdir."
-                )
-            split_file = workdir / checkpoints.SPLIT
-            if split_file.exists():  # runs of an earlier version have none
-                num_moved = splits.moved(split_file, records.table, data.split).sum()
-                if num_moved:
-                    raise InputError(
-                        f"--workdir={workdir} was trained with {num_moved} images in another split"
-                        f" than now: its training and validation would mix. {split_file} says who"
-                        f" was where; restore that split, or choose another --workdir."
-                    )
-        checkpoints.write_run_config(workdir, config)
-        if parallel.is_main():
-            data.audit.write(workdir)
-            splits.write_csv(workdir / checkpoints.SPLIT, records.table, data.split)
-        start = int(state["step"])
-        if start < plan.num_steps:
-            saved.check_space(state)
-            if parallel.is_main():
-                telemetry.write_start(workdir, start)
-                _say_what(config, plan, start, len(images), len(val_images), mesh)
-            order = _order(config, images.rows, labels)
-            kind = feed.choose(config.data.feed, len(images) * math.prod(records.canvas) * 3, mesh)
-            calls = plan.calls(start, _most_steps_per_call(config, kind))
-            with telemetry.Telemetry(
-                workdir,
-                config.log,
-                plan.num_steps,
-                plan.steps_per_epoch,
-                config.train.batch_size,
-                start,
-                parallel.is_main(),
-                _peak_images_per_s(train_step, state, config, records.canvas, mesh),
-            ) as log:
-                state = _steps(
-                    state,
-                    train_step,
-                    calls,
-                    feed.batches(kind, images, order, calls, mesh, codes),
-                    plan,
-                    config,
-                    schedule,
-                    validate,
-                    lambda done, state, numbers: saved.save(done, state, numbers, meta),
-                    preemption,
-                    log,
-                )
-            saved.wait()
-        best = saved.best()
-        if best != int(state["step"]):
-            state, _ = saved.restore(best, state, mesh)
-    if best not in validated:  # a run taken up again after its best evaluation
-        validate(state)
-    model = model.with_weights(state, best)
-    judged = Predictions.of(val_images, model.classes, validated[best])
-    calibrated, scores = evaluate.judge(model, data, val_images, judged, "val", keeps=True)
-    judged = Predictions.of(val_images, model.classes, validated[best], scores)
-    provenance = evaluate.provenance(model, val_images)
-    return evaluate.report(workdir, "val", provenance, judged, calibrated)
+
+def _write_inputs(run: Run) -> None:
+    """Writes what the run is made from: configuration, audit of the data, split."""
+    checkpoints.write_run_config(run.workdir, run.config)
+    if parallel.is_main():
+        run.data.audit.write(run.workdir)
+        table = run.data.records.table
+        splits.write_csv(run.workdir / checkpoints.SPLIT, table, run.data.split)
+
+
+def _trained(
+    run: Run,
+    saved: checkpoints.Checkpoints,
+    state: step.State,
+    validation: "_Validation",
+    preemption: parallel.Preemption,
+) -> step.State:
+    """Returns the state after the plan's last step."""
+    config, plan, images = run.config, run.plan, run.images
+    start = int(state["step"])
+    if start >= plan.num_steps:
+        return state
+    saved.check_space(state)
+    if parallel.is_main():
+        telemetry.write_start(run.workdir, start)
+        _say_what(run, start)
+    canvas = images.records.canvas
+    kind = feed.choose(config.data.feed, len(images) * math.prod(canvas) * 3, run.mesh)
+    calls = plan.calls(start, _most_steps_per_call(config, kind))
+    codes = run.model.encode(images.records.table)
+    batches = feed.batches(kind, images, _order(run), calls, run.mesh, codes)
+    extent = telemetry.Extent(
+        plan.num_steps,
+        plan.steps_per_epoch,
+        config.train.batch_size,
+        _peak_images_per_s(run, state),
+    )
+    main = parallel.is_main()
+    with telemetry.Telemetry(run.workdir, config.log, extent, start, main) as log:
+        steps = _Steps(run, saved, validation, preemption, log)
+        state = steps.take(state, calls, batches)
+    saved.wait()
+    return state
+
+
+class _Steps:
+    """The loop: step, log, evaluate, save, until the plan's end or a request to stop.
+
+    Args:
+      run: what is trained.
+      saved: the run's checkpoints.
+      validation: of a state.
+      preemption: asked after each call.
+      log: entered.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        saved: checkpoints.Checkpoints,
+        validation: "_Validation",
+        preemption: parallel.Preemption,
+        log: telemetry.Telemetry,
+    ):
+        self._run, self._saved, self._validation = run, saved, validation
+        self._preemption, self._log = preemption, log
+        self._unlogged: list[dict[str, jax.Array]] = []  # scalars of the steps since the last log
+        self._ahead: collections.deque[jax.Array] = collections.deque()
+
+    def take(
+        self,
+        state: step.State,
+        calls: Sequence[range],
+        batches: Iterator[step.Batch],
+    ) -> step.State:
+        """Returns the state after all calls, each of which has its batch.
+
+        Raises:
+          Preempted: asked to stop; the state is saved.
+          telemetry.NonFiniteLoss: training diverged.
+        """
+        plan, every = self._run.plan, self._run.config.log.every_steps
+        for steps in calls:
+            before, done = steps.start, steps.stop
+            self._log.profile(before)
+            with self._log.waiting():
+                batch = next(batches)
+            state, scalars = self._run.train_step(plan.crop_px(before))(state, batch)
+            self._unlogged.append(scalars)
+            self._ahead.append(scalars["loss"])
+            if len(self._ahead) > _AHEAD:
+                self._ahead.popleft().block_until_ready()
+            stop = self._preemption.reached()
+            if done // every > before // every or plan.saves(done) or stop:
+                self._flush(done)  # before a save: no checkpoint of a diverged run
+            with self._log.elsewhere():
+                numbers = self._validate(done, state) if plan.evaluates(done) else None
+                if plan.saves(done) or stop:
+                    self._saved.save(done, state, numbers, self._run.meta)
+            if stop and done < plan.num_steps:
+                raise Preempted(self._preemption.exit_code, f"step {done}")
+        return state
+
+    def _flush(self, done: int) -> None:
+        """Fetches the scalars since the last time, checks them and logs their means."""
+        if not self._unlogged:
+            return
+        fetched = jax.device_get(self._unlogged)
+        self._unlogged.clear()
+        each = {
+            name: np.concatenate([np.atleast_1d(s[name]) for s in fetched])
+            for name in ("loss", "accuracy", "grad_norm")
+        }
+        # A gradient that overflows ruins the weights before the loss shows it.
+        sums = each["loss"] + each["grad_norm"]
+        telemetry.check_finite(dict(enumerate(sums, done + 1 - len(sums))))
+        means = {f"train/{name}": float(values.mean()) for name, values in each.items()}
+        rate = float(self._run.schedule(done - 1))
+        self._log.log(done, means | {"train/learning_rate": rate})
+
+    def _validate(self, done: int, state: step.State) -> dict[str, float]:
+        """Returns the figures of validation, and logs them."""
+        numbers = {
+            f"val/{name}": value
+            for name, value in self._validation(state).items()
+            if isinstance(value, float)
+        }
+        self._log.log(done, numbers)
+        return numbers
+
+
+class _Validation:
+    """Evaluates states on the validation images.
+
+    Attributes:
+      probabilities: {step: float64 [n, C]} of the states evaluated so far by this process.
+    """
+
+    def __init__(self, run: Run):
+        self._model, self._images = run.model, run.val_images
+        self._codes = run.model.encode(run.val_images.table)
+        self.probabilities: dict[int, np.ndarray] = {}
+
+    def __call__(self, state: step.State) -> dict[str, Any]:
+        """Returns the figures of `metrics.compute`."""
+        step = int(state["step"])
+        model = self._model.with_weights(state, step)
+        raw = model.probabilities(self._images, self._codes, "Evaluating")
+        self.probabilities[step] = raw
+        return metrics.compute(Predictions.of(self._images, model.classes, raw))
+
+
+def _evaluated(run: Run, state: step.State, probabilities: np.ndarray) -> dict[str, Any]:
+    """Fits calibration and out-of-distribution model, and writes the figures of the best state.
+
+    Args:
+      run: what was trained.
+      state: of the best checkpoint.
+      probabilities: its validation's, float64 [n, C].
+
+    Returns:
+      The contents of metrics.json.
+    """
+    model, images = run.model.with_weights(state, int(state["step"])), run.val_images
+    predictions = Predictions.of(images, model.classes, probabilities)
+    calibrated, scores = evaluate.judge(model, run.data, images, predictions, "val", keeps=True)
+    predictions = Predictions.of(images, model.classes, probabilities, scores)
+    provenance = evaluate.provenance(model, images)
+    return evaluate.report(run.workdir, "val", provenance, predictions, calibrated)
 
 
 def _pretrained(
@@ -283,98 +467,37 @@ def _most_steps_per_call(config: ml_collections.ConfigDict, feed: str) -> int:
     return config.train.steps_per_dispatch or auto
 
 
-def _peak_images_per_s(train_step, state, config, canvas, mesh) -> float | None:
+def _peak_images_per_s(run: Run, state: step.State) -> float | None:
     """Returns images/s if every device did nothing but bfloat16 products at its peak.
 
     None where that is not known or, as the crops grow, not one number.
     """
-    peak = telemetry.peak_flops(mesh.devices.flat[0].device_kind)
+    config = run.config
+    peak = telemetry.peak_flops(run.mesh.devices.flat[0].device_kind)
     if peak is None or config.model.dtype == "float32" or config.augment.progressive:
         return None
     size = config.train.batch_size
     batch = {
-        "image": jax.ShapeDtypeStruct((size, *canvas, 3), np.uint8),
+        "image": jax.ShapeDtypeStruct((size, *run.images.records.canvas, 3), np.uint8),
         "label": jax.ShapeDtypeStruct((size,), np.int32),
     }
     if config.model.metadata:
         batch["metadata"] = jax.ShapeDtypeStruct((size, metadata.NUM_METADATA), np.float32)
-    take = train_step(config.augment.crop_px)
-    return mesh.devices.size * peak / step.flop_per_image(take, state, batch)
+    take = run.train_step(config.augment.crop_px)
+    return run.mesh.devices.size * peak / step.flop_per_image(take, state, batch)
 
 
-def _steps(
-    state,
-    train_step,
-    calls,
-    batches,
-    plan,
-    config,
-    schedule,
-    validate,
-    save,
-    preemption,
-    log,
-) -> step.State:
-    """The loop: step, log, evaluate, save, until the plan's end or a request to stop."""
-    unlogged: list[dict[str, jax.Array]] = []  # scalars of the steps since the last log
-    ahead: collections.deque[jax.Array] = collections.deque()
-
-    def flush(done: int) -> None:
-        """Fetches the scalars since the last time, checks them and logs their means."""
-        if not unlogged:
-            return
-        fetched = jax.device_get(unlogged)
-        unlogged.clear()
-        each = {
-            name: np.concatenate([np.atleast_1d(s[name]) for s in fetched])
-            for name in ("loss", "accuracy", "grad_norm")
-        }
-        # A gradient that overflows ruins the weights before the loss shows it.
-        sums = each["loss"] + each["grad_norm"]
-        telemetry.check_finite(dict(enumerate(sums, done + 1 - len(sums))))
-        means = {f"train/{name}": float(values.mean()) for name, values in each.items()}
-        log.log(done, means | {"train/learning_rate": float(schedule(done - 1))})
-
-    for steps in calls:
-        before, done = steps.start, steps.stop
-        log.profile(before)
-        with log.waiting():
-            batch = next(batches)
-        state, scalars = train_step(plan.crop_px(before))(state, batch)
-        unlogged.append(scalars)
-        ahead.append(scalars["loss"])
-        if len(ahead) > _AHEAD:
-            ahead.popleft().block_until_ready()
-        stop = preemption.reached()
-        logs = done // config.log.every_steps > before // config.log.every_steps
-        if logs or plan.saves(done) or stop:
-            flush(done)  # before a save: no checkpoint of a diverged run
-        numbers = None
-        with log.elsewhere():
-            if plan.evaluates(done):
-                results = validate(state)
-                numbers = {
-                    f"val/{name}": value
-                    for name, value in results.items()
-                    if isinstance(value, float)
-                }
-                log.log(done, numbers)
-            if plan.saves(done) or stop:
-                save(done, state, numbers)
-        if stop and done < plan.num_steps:
-            raise Preempted(preemption.exit_code, f"step {done}")
-    return state
+def _order(run: Run) -> feed.Order:
+    config, images = run.config, run.images
+    if losses.LOSSES[config.loss.imbalance].balances_batches:
+        return feed.class_balanced(images.rows, images.labels, config.train.batch_size, config.seed)
+    return feed.shuffled(images.rows, config.train.batch_size, config.seed)
 
 
-def _order(config: ml_collections.ConfigDict, rows: np.ndarray, labels: np.ndarray) -> feed.Order:
-    if config.loss.imbalance == "balanced_sampling":
-        return feed.class_balanced(rows, labels, config.train.batch_size, config.seed)
-    return feed.shuffled(rows, config.train.batch_size, config.seed)
-
-
-def _say_what(config, plan, start, num_train, num_val, mesh) -> None:
-    devices = f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}"
+def _say_what(run: Run, start: int) -> None:
+    devices = f"{run.mesh.devices.size} x {run.mesh.devices.flat[0].device_kind}"
     console.log_line(
-        f"{config.model.name} on {devices}: {num_train} images train, {num_val} validate; steps"
-        f" {start} to {plan.num_steps}, {plan.steps_per_epoch:.1f} an epoch"
+        f"{run.config.model.name} on {devices}: {len(run.images)} images train,"
+        f" {len(run.val_images)} validate; steps {start} to {run.plan.num_steps},"
+        f" {run.plan.steps_per_epoch:.1f} an epoch"
     )

@@ -1,7 +1,7 @@
 """Gradients -> updates: schedules, optimisers, what decays, what is frozen, averaged weights.
 
 Parameters are nested dicts with string keys; a parameter's path joins them with '/', as in
-`stem/conv/kernel`.
+`stem/conv/kernel`. A new optimiser is a function and an entry of `OPTIMIZERS`.
 """
 
 import difflib
@@ -13,17 +13,19 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from ham_jax import config as configuration
 from ham_jax.config import InputError
 
 Tree = dict[str, Any]
+Optimizer = optax.GradientTransformation
+Schedule = optax.Schedule
+"""step -> learning rate"""
 
 _ADAM_RMS = 0.2  # of a typical AdamW update; Liu et al. 2025, arXiv:2502.16982, section 2.2
 
 
-def schedule(
-    config: ml_collections.ConfigDict, warmup_steps: int, num_steps: int
-) -> optax.Schedule:
-    """Returns step -> learning rate: from 0 up in a line, then along a cosine to 0, or constant.
+def schedule(config: ml_collections.ConfigDict, warmup_steps: int, num_steps: int) -> Schedule:
+    """Returns step -> learning rate: from 0 up in a line, then along a cosine to 0.
 
     Loshchilov and Hutter, SGDR, ICLR 2017, eq. 5, without restarts.
 
@@ -41,10 +43,7 @@ def schedule(
             " must end before the run; shorten the one or lengthen the other."
         )
     peak = config.learning_rate
-    if False:
-        after = optax.constant_schedule(peak)
-    else:
-        after = optax.cosine_decay_schedule(peak, num_steps - warmup_steps)
+    after = optax.cosine_decay_schedule(peak, num_steps - warmup_steps)
     if not warmup_steps:
         return after
     return optax.join_schedules(
@@ -52,9 +51,20 @@ def schedule(
     )
 
 
-def make(
-    config: ml_collections.ConfigDict, learning_rate: optax.Schedule, params: Tree
-) -> optax.GradientTransformation:
+def faults(config: ml_collections.ConfigDict) -> list[str]:
+    """Returns a sentence if there is no such optimiser.
+
+    Args:
+      config: the whole configuration.
+    """
+    name = config.optim.name
+    if name in OPTIMIZERS:
+        return []
+    hint = configuration.nearest(name, OPTIMIZERS)
+    return [f"optim.name = {name!r} must be one of {', '.join(map(repr, OPTIMIZERS))}.{hint}"]
+
+
+def make(config: ml_collections.ConfigDict, learning_rate: Schedule, params: Tree) -> Optimizer:
     """Returns the optimiser that the section `optim` describes.
 
     In this order: clipping by the global norm (of what is trained), the optimiser's direction, the
@@ -71,7 +81,7 @@ def make(
       InputError: a pattern matches no parameter, or none is left to train.
     """
     names = paths(params)
-    faults = [
+    wrong = [
         f"optim.{key}: {pattern!r} matches no parameter; the nearest path is"
         f" {_nearest_path(pattern, names)!r}."
         for key, patterns in (("freeze", config.freeze), ("lr_scale", dict(config.lr_scale)))
@@ -79,12 +89,12 @@ def make(
         if not any(re.search(pattern, name) for name in names)
     ]
     if all(_is_frozen(config, name) for name in names):
-        faults.append(f"optim.freeze = {config.freeze!r} leaves no parameter to train.")
-    if faults:
-        raise InputError(faults)
+        wrong.append(f"optim.freeze = {config.freeze!r} leaves no parameter to train.")
+    if wrong:
+        raise InputError(wrong)
 
     steps = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    steps += [*_direction(config), optax.scale_by_learning_rate(learning_rate)]
+    steps += [*OPTIMIZERS[config.name](config), optax.scale_by_learning_rate(learning_rate)]
     optimizer = optax.chain(*steps)
     if config.freeze:
         labels = _by_path(lambda name, _: "frozen" if _is_frozen(config, name) else "trained")
@@ -131,25 +141,24 @@ def update_ema(ema: Tree, new: Tree, step: jax.typing.ArrayLike, decay: float) -
     return jax.tree.map(lambda e, n: (e + (1 - keep) * (n - e)).astype(e.dtype), ema, new)
 
 
-def _direction(config) -> list[optax.GradientTransformation]:
-    """Returns the optimiser without clipping and learning rate.
+# What each optimiser does between clipping and the learning rate.
 
-    sgd: Nesterov's momentum as Sutskever et al. 2013. adamw: Loshchilov and Hutter 2019. lamb: You
-    et al. 2020, its trust ratio on kernels only, as a bias that starts at 0 could never leave it.
-    muon: Jordan et al. 2024, kernels as matrices from inputs to outputs, updates as large as
-    AdamW's so that one learning rate serves both; AdamW for what is not a matrix.
+
+def _sgd(config) -> list[Optimizer]:
+    """Nesterov's momentum as Sutskever et al. 2013."""
+    return [_decay(config), optax.trace(config.momentum, nesterov=True)]
+
+
+def _adamw(config) -> list[Optimizer]:
+    """Loshchilov and Hutter 2019."""
+    return [optax.scale_by_adam(), _decay(config)]
+
+
+def _muon(config) -> list[Optimizer]:
+    """Jordan et al. 2024: kernels as matrices from inputs to outputs; AdamW for all else.
+
+    Updates are as large as AdamW's, so that one learning rate serves both.
     """
-    decay = optax.add_decayed_weights(config.weight_decay, _kernels)
-    if config.name == "sgd":
-        return [decay, optax.trace(config.momentum, nesterov=True)]
-    if config.name == "adamw":
-        return [optax.scale_by_adam(), decay]
-    if config.name == "lamb":
-        return [
-            optax.scale_by_adam(eps=1e-6),
-            decay,
-            optax.masked(optax.scale_by_trust_ratio(), _kernels),
-        ]
     muon = optax.chain(
         optax.contrib.scale_by_muon(
             beta=config.momentum,
@@ -164,7 +173,14 @@ def _direction(config) -> list[optax.GradientTransformation]:
         ),
     )
     labels = _by_path(lambda name, x: "muon" if _is_matrix(name, x) else "adam")
-    return [optax.partition({"muon": muon, "adam": optax.scale_by_adam()}, labels), decay]
+    return [optax.partition({"muon": muon, "adam": optax.scale_by_adam()}, labels), _decay(config)]
+
+
+OPTIMIZERS = {"sgd": _sgd, "adamw": _adamw, "muon": _muon}
+
+
+def _decay(config) -> Optimizer:
+    return optax.add_decayed_weights(config.weight_decay, _kernels)
 
 
 def _is_matrix(name: str, x) -> bool:

@@ -6,28 +6,40 @@ The state is plain nested dicts: `step` int32 [], `params`, `batch_stats`, `opt_
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
 
-from ham_jax import CLASSES, parallel
+from ham_jax import parallel
 from ham_jax.data import metadata
 from ham_jax.models import Network, Tree
-from ham_jax.training import augment, optim
+from ham_jax.training import augment, losses, optim
+from ham_jax.training.streams import Stream
 
 State = dict[str, Any]
 Batch = dict[str, jax.Array]
 
-# Folded into the step's key, after augmentation's own.
-_MODEL, _METADATA = augment.NUM_DRAWS, augment.NUM_DRAWS + 1
+
+class Seen(NamedTuple):
+    """What the network sees of a batch, or of a part of it, and what it is to answer.
+
+    Attributes:
+      image: float32 [B, crop_px, crop_px, 3].
+      target: float32 [B, C].
+      metadata: float32 [B, M], or None.
+    """
+
+    image: jax.Array
+    target: jax.Array
+    metadata: jax.Array | None
 
 
 def init_state(
     network: Network,
-    optimizer: optax.GradientTransformation,
+    optimizer: optim.Optimizer,
     config: ml_collections.ConfigDict,
     mesh: jax.sharding.Mesh,
     weights: tuple[Tree, Tree] | None = None,
@@ -66,8 +78,8 @@ def flop_per_image(train_step, state: State, batch: Batch) -> float:
 
 def make_train_step(
     network: Network,
-    optimizer: optax.GradientTransformation,
-    loss: Callable[[jax.Array, jax.Array], jax.Array],
+    optimizer: optim.Optimizer,
+    loss: losses.Loss,
     config: ml_collections.ConfigDict,
     mesh: jax.sharding.Mesh,
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
@@ -78,69 +90,25 @@ def make_train_step(
     Args:
       network: the model's pure functions.
       optimizer: from `optim.make`.
-      loss: (logits [B, C], target [B, C]) -> loss [B], from `losses.make_loss`.
+      loss: from `losses.make_loss`.
       config: the whole configuration.
       mesh: the devices, axis `data`.
 
     Returns:
       A function of a state and a global batch: `image` uint8 [B, H, W, 3], `label` int32 [B] and,
-      for a network that takes them, `metadata` float32 [B, M]. The scalars are the batch's `loss`,
+      for a network that takes it, `metadata` float32 [B, M]. The scalars are the batch's `loss`,
       `accuracy` (arg-max against the target's arg-max) and `grad_norm`, [] or [number of steps].
       On GPU and TPU the state given is consumed; on CPU, where donating costs time, it is not.
     """
     root = jax.random.key(config.seed)
-    num_parts = config.train.accumulate
-
-    def part_gradient(params, batch_stats, image, target, metadata, key, batch_size):
-        def summed(params):
-            params = optim.detach_frozen(config.optim, params)
-            logits, new_stats = network.apply(
-                params, batch_stats, image, train=True, key=key, metadata=metadata
-            )
-            hits = (logits.argmax(-1) == target.argmax(-1)).sum()
-            return loss(logits, target).sum() / batch_size, (hits / batch_size, new_stats)
-
-        return jax.value_and_grad(summed, has_aux=True)(params)
-
-    def gradient(params, batch_stats, image, target, metadata, key):
-        """Over `accumulate` parts; the gradients add up to that of the whole batch's mean."""
-        batch_size = len(image)
-        if num_parts == 1:
-            return part_gradient(params, batch_stats, image, target, metadata, key, batch_size)
-
-        def add(carry, part):
-            (value, (hits, batch_stats)), grads = carry
-            (v, (h, batch_stats)), g = part_gradient(params, batch_stats, *part, batch_size)
-            return ((value + v, (hits + h, batch_stats)), jax.tree.map(jnp.add, grads, g)), None
-
-        # Part i takes every num_parts-th row, so that each device works on rows it has.
-        parts = jax.tree.map(
-            lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1),
-            (image, target, metadata),
-        )
-        parts = (*parts, jax.random.split(key, num_parts))
-        zero = jnp.zeros((), jnp.float32)
-        start = ((zero, (zero, batch_stats)), jax.tree.map(jnp.zeros_like, params))
-        # XLA's CPU backend runs convolutions in a rolled loop 12 to 28 times slower.
-        unroll = num_parts if jax.default_backend() == "cpu" else 1
-        return jax.lax.scan(add, start, parts, unroll=unroll)[0]
+    gradient = _gradient(network, loss, config)
 
     def train_step(state: State, batch: Batch):
         key = jax.random.fold_in(root, state["step"])
-        known = batch.get("metadata")
-        if known is not None:
-            of_metadata = jax.random.fold_in(key, _METADATA)
-            known = metadata.drop(of_metadata, known, config.model.metadata_dropout)
-        image, target, known = augment.augment(
-            key, batch["image"], batch["label"], config.augment, len(CLASSES), known
-        )
+        seen = _seen(key, batch, config)
+        of_model = jax.random.fold_in(key, Stream.MODEL)
         (value, (accuracy, batch_stats)), grads = gradient(
-            state["params"],
-            state["batch_stats"],
-            image,
-            target,
-            known,
-            jax.random.fold_in(key, _MODEL),
+            state["params"], state["batch_stats"], seen, of_model
         )
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
@@ -165,3 +133,53 @@ def make_train_step(
 
     donate = () if jax.default_backend() == "cpu" else (0,)
     return jax.jit(train_steps, out_shardings=parallel.replicated(mesh), donate_argnums=donate)
+
+
+def _seen(key: jax.Array, batch: Batch, config: ml_collections.ConfigDict) -> Seen:
+    """Returns a batch with the random draws of a step, whose key it takes."""
+    code = batch.get("metadata")
+    if code is not None:
+        of_metadata = jax.random.fold_in(key, Stream.METADATA)
+        code = metadata.drop(of_metadata, code, config.model.metadata_dropout)
+    image, label, num_classes = batch["image"], batch["label"], len(config.data.classes)
+    return Seen(*augment.augment(key, image, label, config.augment, num_classes, code))
+
+
+def _gradient(network: Network, loss: losses.Loss, config: ml_collections.ConfigDict) -> Callable:
+    """Returns (params, batch_stats, seen, key) -> ((loss, (accuracy, batch_stats)), gradients).
+
+    In `train.accumulate` parts, whose gradients add up to that of the whole batch's mean.
+    """
+    num_parts = config.train.accumulate
+
+    def of_part(params, batch_stats, seen: Seen, key, batch_size: int):
+        def summed(params):
+            params = optim.detach_frozen(config.optim, params)
+            logits, new_stats = network.apply(
+                params, batch_stats, seen.image, train=True, key=key, metadata=seen.metadata
+            )
+            hits = (logits.argmax(-1) == seen.target.argmax(-1)).sum()
+            return loss(logits, seen.target).sum() / batch_size, (hits / batch_size, new_stats)
+
+        return jax.value_and_grad(summed, has_aux=True)(params)
+
+    def gradient(params, batch_stats, seen: Seen, key):
+        batch_size = len(seen.image)
+        if num_parts == 1:
+            return of_part(params, batch_stats, seen, key, batch_size)
+
+        def add(carry, part):
+            (value, (hits, batch_stats)), grads = carry
+            (v, (h, batch_stats)), g = of_part(params, batch_stats, *part, batch_size)
+            return ((value + v, (hits + h, batch_stats)), jax.tree.map(jnp.add, grads, g)), None
+
+        # Part i takes every num_parts-th row, so that each device works on rows it has.
+        parts = jax.tree.map(lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), seen)
+        zero = jnp.zeros((), jnp.float32)
+        start = ((zero, (zero, batch_stats)), jax.tree.map(jnp.zeros_like, params))
+        # XLA's CPU backend runs convolutions in a rolled loop 12 to 28 times slower.
+        unroll = num_parts if jax.default_backend() == "cpu" else 1
+        keys = jax.random.split(key, num_parts)
+        return jax.lax.scan(add, start, (parts, keys), unroll=unroll)[0]
+
+    return gradient

@@ -1,6 +1,7 @@
 """What a training run tells: starts and metrics as JSON lines, TensorBoard, log lines, a trace."""
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import math
@@ -91,7 +92,7 @@ def _code_version() -> str | None:
 
 
 class NonFiniteLoss(FloatingPointError):  # noqa: N818 - says what it is
-    """The loss is no number any more: training has diverged."""
+    """The loss is not finite: training has diverged."""
 
 
 def check_finite(losses: Mapping[int, float]) -> None:
@@ -110,6 +111,24 @@ def check_finite(losses: Mapping[int, float]) -> None:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """How large a run is, as far as its log needs to know.
+
+    Attributes:
+      num_steps: of the whole run.
+      steps_per_epoch: may be fractional.
+      batch_size: images a step over all devices.
+      peak_images_per_s: what the devices would do at their peak FLOP/s, if that is known; the log
+        then has `perf/mfu`, the share of it that is reached (Chowdhery et al., PaLM, 2022).
+    """
+
+    num_steps: int
+    steps_per_epoch: float
+    batch_size: int
+    peak_images_per_s: float | None = None
+
+
 class Telemetry:
     """Tells what a training run does, on the main process only; the others' calls do nothing.
 
@@ -119,13 +138,9 @@ class Telemetry:
     Args:
       workdir: gets metrics.jsonl, tensorboard/ and profile/.
       log_config: the section `log`.
-      num_steps: of the whole run.
-      steps_per_epoch: may be fractional.
-      batch_size: images a step over all devices.
+      extent: of the run.
       start_step: steps done before; what an earlier run logged after it is dropped.
       is_main_process: whether this process is the one that tells.
-      peak_images_per_s: what the devices would do at their peak FLOP/s, if that is known; the log
-        then has `perf/mfu`, the share of it that is reached (Chowdhery et al., PaLM, 2022).
       clock: returns seconds.
     """
 
@@ -133,22 +148,16 @@ class Telemetry:
         self,
         workdir: Path,
         log_config: ml_collections.ConfigDict,
-        num_steps: int,
-        steps_per_epoch: float,
-        batch_size: int,
+        extent: Extent,
         start_step: int,
         is_main_process: bool = True,
-        peak_images_per_s: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self._workdir = Path(workdir)
         self._config = log_config
-        self._num_steps = num_steps
-        self._steps_per_epoch = steps_per_epoch
-        self._batch_size = batch_size
+        self._extent = extent
         self._start_step = start_step
         self._is_main = is_main_process
-        self._peak_images_per_s = peak_images_per_s
         self._clock = clock
         self._closing = contextlib.ExitStack()
 
@@ -203,7 +212,7 @@ class Telemetry:
         scalars = {name: float(value) for name, value in scalars.items()} | self._speed(step, now)
         row = {
             "step": step,
-            "epoch": round(step / self._steps_per_epoch, 4),
+            "epoch": round(step / self._extent.steps_per_epoch, 4),
             "time": round(time.time(), 3),
         } | {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         self._lines.write(json.dumps(row, allow_nan=False) + "\n")
@@ -218,7 +227,7 @@ class Telemetry:
             if self._logged[0] == self._start_step:
                 self._origin = (step, now)  # the first steps were also compiled
             self._logged, self._waited_s, self._away_s = (step, now), 0.0, 0.0
-        where = [f"step {step}/{self._num_steps}", f"epoch {row['epoch']:.2f}"]
+        where = [f"step {step}/{self._extent.num_steps}", f"epoch {row['epoch']:.2f}"]
         console.log_line("  ".join(where + shown))
 
     def _speed(self, step: int, now: float) -> dict[str, float]:
@@ -226,16 +235,16 @@ class Telemetry:
         busy_s = now - then - self._away_s
         if step == last_step or busy_s <= 0:
             return {}
-        images_per_s = (step - last_step) * self._batch_size / busy_s
+        images_per_s = (step - last_step) * self._extent.batch_size / busy_s
         speed = {"perf/images_per_s": images_per_s, "perf/wait_share": self._waited_s / busy_s}
-        if self._peak_images_per_s:
-            speed["perf/mfu"] = images_per_s / self._peak_images_per_s
+        if self._extent.peak_images_per_s:
+            speed["perf/mfu"] = images_per_s / self._extent.peak_images_per_s
         return speed
 
     def _eta(self, step: int, now: float) -> datetime.timedelta:
         """Returns the time left, with evaluations and saves as frequent as so far."""
         first, then = self._origin
-        left_s = (now - then) / max(step - first, 1) * (self._num_steps - step)
+        left_s = (now - then) / max(step - first, 1) * (self._extent.num_steps - step)
         return datetime.timedelta(seconds=round(left_s))
 
     @contextlib.contextmanager
@@ -265,7 +274,7 @@ class Telemetry:
         if not self._is_main:
             return
         if self._bar:
-            self._bar(step, self._num_steps)
+            self._bar(step, self._extent.num_steps)
         if self._config.profile:
             first, stop = self._config.profile
             if self._is_tracing != (first <= step < stop):
@@ -296,6 +305,6 @@ def drop_after(path: Path, last_step: int) -> None:
                 kept.append(line)
         except (ValueError, TypeError, KeyError, RecursionError):
             if number < len(lines):
-                logging.warning("%s: line %d is no record of a step; dropped", path, number)
+                logging.warning("%s: line %d is not the record of a step; dropped", path, number)
     if len(kept) < len(lines):
         files.write_text(path, "".join(kept))

@@ -83,7 +83,7 @@ def test_with_a_linear_head_it_is_the_class_activation_map():
     image = np.random.default_rng(0).random((5, 16, 24, 3), np.float32)
     classes = np.array([0, 6, 3, 3, 1])
     last, gradient = net.class_maps(params, batch_stats, image, classes)
-    normal = (image - np.array(resnet.MEAN)) / np.array(resnet.STD)
+    normal = (image - np.array(resnet.FAMILY.mean)) / np.array(resnet.FAMILY.std)
     places = normal.reshape(5, 4, 4, 6, 4, 3).mean((2, 4))
     np.testing.assert_allclose(last, places, atol=1e-5)
     cam = np.einsum("bhwk,kb->bhw", places, np.asarray(params["head"]["kernel"])[:, classes])

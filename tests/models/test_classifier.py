@@ -37,7 +37,7 @@ def test_head_sees_normalised_features(build):
     params, stats = net.init(0)
     image = np.random.default_rng(0).random((4, 8, 8, 3), np.float32)
     logits, kept = net.apply(params, stats, image, False)
-    features = (image.mean((1, 2)) - np.array(resnet.MEAN)) / np.array(resnet.STD)
+    features = (image.mean((1, 2)) - np.array(resnet.FAMILY.mean)) / np.array(resnet.FAMILY.std)
     np.testing.assert_allclose(
         logits, features @ params["head"]["kernel"] + params["head"]["bias"], atol=1e-5
     )

@@ -102,7 +102,7 @@ def test_sums_over_a_batch_in_bfloat16_keep_their_digits(form):
 
 def test_same_padding_is_tensorflows():
     x = np.random.default_rng(3).normal(size=(1, 8, 7, 4)).astype(np.float32)
-    layer = conv.Conv(4, 6, 5, 2, same=True, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    layer = conv.Conv(4, 6, conv.Kernel(5, 2, same=True), dtype=jnp.float32, rngs=nnx.Rngs(0))
     expected = lax.conv_general_dilated(
         x, layer.kernel[...], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
@@ -140,9 +140,10 @@ def test_max_pool_equals_xlas_and_shares_a_tied_gradient():
 
 
 def test_kernel_starts_with_he_variance_of_fan_out():
-    kernel = conv.Conv(32, 64, 3, dtype=jnp.float32, rngs=nnx.Rngs(0)).kernel[...]
+    make = {"dtype": jnp.float32, "rngs": nnx.Rngs(0)}
+    kernel = conv.Conv(32, 64, conv.Kernel(3), **make).kernel[...]
     assert kernel.shape == (3, 3, 32, 64)
     np.testing.assert_allclose(kernel.std(), np.sqrt(2 / (9 * 64)), rtol=0.02)
-    each = conv.Conv(640, 640, 5, depthwise=True, dtype=jnp.float32, rngs=nnx.Rngs(0)).kernel[...]
+    each = conv.Conv(640, 640, conv.Kernel(5, depthwise=True), **make).kernel[...]
     assert each.shape == (5, 5, 1, 640)
     np.testing.assert_allclose(each.std(), np.sqrt(2 / 25), rtol=0.02)

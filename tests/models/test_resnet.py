@@ -78,10 +78,8 @@ def test_zero_init_makes_each_block_its_shortcut():
     for path, leaf in flat.items():
         if path.endswith("/scale"):
             assert (leaf == (0 if path in last else 1)).all(), path
-    block = resnet.Block(
-        4, 4, 1, bottleneck=False, averaged=False, zero_init=True, dtype=jnp.float32,
-        rngs=nnx.Rngs(0),
-    )  # fmt: skip
+    style = resnet.Style(bottleneck=False, averaged=False, zero_init=True, dtype=jnp.float32)
+    block = resnet.Block(4, 4, 1, style=style, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 4))
     np.testing.assert_array_equal(block(x), jax.nn.relu(x))
 
@@ -106,10 +104,8 @@ def numpy_norm(x):
 
 @pytest.mark.parametrize("averaged", [False, True])
 def test_bottleneck_block_equals_numpy(averaged):
-    block = resnet.Block(
-        6, 4, 2, bottleneck=True, averaged=averaged, zero_init=False, dtype=jnp.float32,
-        rngs=nnx.Rngs(0),
-    )  # fmt: skip
+    style = resnet.Style(True, averaged, zero_init=False, dtype=jnp.float32)
+    block = resnet.Block(6, 4, 2, style=style, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(3, 6, 6, 6))
     kernels = [
         np.asarray(c.kernel[...], np.float64) for c in (block.conv1, block.conv2, block.conv3)
@@ -162,7 +158,7 @@ def test_training_moves_the_statistics_and_evaluation_does_not():
     assert logits.shape == (8, 7)
     assert not np.allclose(logits, still, atol=1e-3)
     jax.tree.map(np.testing.assert_array_equal, new, kept)
-    normal = (image - np.array(resnet.MEAN)) / np.array(resnet.STD)
+    normal = (image - np.array(resnet.FAMILY.mean)) / np.array(resnet.FAMILY.std)
     y = numpy_conv(normal, params["backbone"]["stem"]["conv"]["kernel"], 2)
     moved = new["backbone"]["stem"]["norm"]["mean"]
     np.testing.assert_allclose(moved, 0.1 * y.mean((0, 1, 2)), atol=1e-5)

@@ -103,20 +103,17 @@ def test_an_upright_warp_is_a_resample_and_a_quarter_turn_is_exact():
     np.testing.assert_allclose(turned, np.rot90(upright, -1, (1, 2)), atol=1e-5)
 
 
-def test_a_warp_shears_by_columns_a_row_mirrors_at_the_edge_and_keeps_proportions():
-    image = RNG.integers(0, 256, (1, 9, 9, 3), np.uint8)
-    shear = jnp.array([[[1.0, 0.0], [1.0, 1.0]]])  # column + 1 a row below the middle
-    whole = jnp.array([[0.0, 0.0, 9.0, 9.0]])
-    (view,) = np.asarray(augment.resample_warped(jnp.asarray(image), whole, shear, 9))
-    np.testing.assert_allclose(view[4], image[0, 4] / 255, atol=1e-6)
-    np.testing.assert_allclose(view[6, :7], image[0, 6, 2:] / 255, atol=1e-6)
-    np.testing.assert_allclose(view[6, 7:], image[0, 6, [7, 6]] / 255, atol=1e-6)
+def test_a_turned_view_mirrors_at_the_edge_and_keeps_proportions():
     # A box of 2 rows and 6 columns, turned by a quarter, spans 6 rows and 2 columns.
     ramp = np.broadcast_to(np.arange(9, dtype=np.uint8)[:, None, None] * 25, (1, 9, 9, 3))
     quarter = jnp.array([[[0.0, -1.0], [1.0, 0.0]]])
     box = jnp.array([[3.5, 1.5, 2.0, 6.0]])
     (view,) = np.asarray(augment.resample_warped(jnp.asarray(ramp), box, quarter, 3))
     np.testing.assert_allclose(view[1, :, 0] * 255 / 25, [6, 4, 2], atol=0.01)
+    image = RNG.integers(0, 256, (1, 9, 9, 3), np.uint8)
+    low, upright = jnp.array([[5.0, 0.0, 9.0, 9.0]]), jnp.eye(2)[None]
+    (view,) = np.asarray(augment.resample_warped(jnp.asarray(image), low, upright, 9))
+    np.testing.assert_allclose(view, image[0, [5, 6, 7, 8, 7, 6, 5, 4, 3]] / 255, atol=1e-6)
 
 
 def test_a_warp_that_reduces_does_not_alias():
@@ -128,16 +125,14 @@ def test_a_warp_that_reduces_does_not_alias():
     np.testing.assert_allclose(view, 0.5, atol=0.01)
 
 
-def test_drawn_warps_are_turns_and_shears_within_their_ranges():
-    turn = np.asarray(augment.draw_warp(jax.random.key(0), 500, 0.5, 0.0))
+def test_drawn_turns_lie_within_their_range():
+    turn = np.asarray(augment.draw_turns(jax.random.key(0), 500, 0.5))
     np.testing.assert_allclose(
         turn @ turn.swapaxes(1, 2), np.eye(2)[None].repeat(500, 0), atol=1e-6
     )
     angle = np.arctan2(turn[:, 1, 0], turn[:, 0, 0])
     assert 0.45 < angle.max() <= 0.5
     assert -0.5 <= angle.min() < -0.45
-    slope = np.asarray(augment.draw_warp(jax.random.key(0), 500, 0.0, 0.2))[:, 1, 0]
-    assert 0.18 < np.abs(slope).max() <= 0.2
 
 
 def test_cutout_paints_a_square_of_grey():
@@ -184,10 +179,35 @@ def test_metadata_mixes_as_the_targets_do_and_changes_nothing_else(mixing):
 
 
 def test_one_and_eight_devices_see_the_same_views():
-    c = settings(mixup=0.4, rotation=45.0, shear=0.1, cutout=0.2, shades_of_gray=6.0)
+    c = settings(mixup=0.4, rotation=45.0, cutout=0.2, shades_of_gray=6.0)
     mesh = parallel.mesh()
     assert mesh.devices.size == 8
     function = jax.jit(lambda k, i, t: augment.augment(k, i, t, c, 7))
     spread = function(jax.random.key(0), *parallel.shard(mesh, (IMAGES, LABELS)))
     single = function(jax.random.key(0), IMAGES, LABELS)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), spread, single)
+
+
+def test_each_key_of_the_section_belongs_to_a_transform():
+    keys = [key for transform in augment.TRANSFORMS for key in transform.keys]
+    of_all = {"strength", "progressive"}  # the one scales the others; the other is loop.Plan's
+    assert sorted(keys) == sorted(set(config.base().augment) - of_all)
+    streams = [stream for transform in augment.TRANSFORMS for stream in transform.streams]
+    assert len(set(streams)) == len(streams)
+
+
+def test_a_new_transform_is_an_entry_and_moves_no_others_draws(monkeypatch):
+    def negative(section, image, target, key):
+        hit = jax.random.bernoulli(key, section.negative, (len(image), 1, 1, 1))
+        return jnp.where(hit, 1 - image, image), target
+
+    entry = augment.Transform(negative, ("negative",), (10,))
+    plain, target = run(cutout=0.2, rotation=20.0, color=0.0)
+    monkeypatch.setattr(augment, "TRANSFORMS", (*augment.TRANSFORMS, entry))
+    changed, same = run(cutout=0.2, rotation=20.0, color=0.0, negative=0.5)
+    np.testing.assert_array_equal(same, target)
+    is_negative = np.abs(changed - (1 - plain)).max((1, 2, 3)) < 1e-6
+    np.testing.assert_array_equal(changed[~is_negative], plain[~is_negative])
+    assert 0 < is_negative.sum() < len(plain)
+    off, _ = run(cutout=0.2, rotation=20.0, color=0.0, negative=0.0)
+    np.testing.assert_array_equal(off, plain)

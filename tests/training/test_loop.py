@@ -104,7 +104,7 @@ def test_operations_are_counted_as_published(one_device):
     c.model.name, c.augment.crop_px = "resnet50", 224
     net = models.build(c.model, 7)
     optimizer = optim.make(c.optim, lambda _: 0.1, jax.eval_shape(lambda: net.init(0)[0]))
-    loss = losses.make_loss(c.loss, np.ones(7))
+    loss = losses.make_loss(c.loss, np.ones(7), c.data.classes)
     take = step.make_train_step(net, optimizer, loss, c, one_device)
     state = jax.eval_shape(lambda: step.init_state(net, optimizer, c, one_device))
     batch = {
@@ -205,7 +205,11 @@ def test_metadata_draw_with_a_key_of_their_own_in_each_part_of_a_batch(tiny, one
         net = linear(tiny.model, 7, num_metadata)
         optimizer = optim.make(tiny.optim, lambda _: 0.1, net.init(0)[0])
         take = step.make_train_step(
-            net, optimizer, losses.make_loss(tiny.loss, np.ones(7)), tiny, one_device
+            net,
+            optimizer,
+            losses.make_loss(tiny.loss, np.ones(7), tiny.data.classes),
+            tiny,
+            one_device,
         )
         state, _ = take(step.init_state(net, optimizer, tiny, one_device), batch)
         return np.asarray(state["params"]["head"]["kernel"])

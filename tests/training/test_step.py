@@ -21,7 +21,7 @@ def taker(network, freeze=(), **train):
     c.optim.freeze = freeze
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
     optimizer = optim.make(c.optim, lambda _: 0.1, jax.eval_shape(lambda: network.init(0)[0]))
-    loss = losses.make_loss(c.loss, np.ones(7))
+    loss = losses.make_loss(c.loss, np.ones(7), c.data.classes)
     take = step.make_train_step(network, optimizer, loss, c, mesh)
     return step.init_state(network, optimizer, c, mesh), take
 

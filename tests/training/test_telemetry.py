@@ -36,9 +36,8 @@ def shown(monkeypatch):
 def make(workdir, start_step=0, clock=None, is_main=True, num_steps=100, **keys):
     c = config.base().log
     c.update({"tensorboard": False} | keys)
-    return telemetry.Telemetry(
-        workdir, c, num_steps, 8.0, 4, start_step, is_main, None, clock or Clock()
-    )
+    extent = telemetry.Extent(num_steps, 8.0, 4)
+    return telemetry.Telemetry(workdir, c, extent, start_step, is_main, clock or Clock())
 
 
 def rows(workdir):
@@ -65,7 +64,8 @@ def test_share_of_the_peak_is_logged_where_the_peak_is_known(tmp_path, shown):
     clock = Clock()
     c = config.base().log
     c.tensorboard = False
-    with telemetry.Telemetry(tmp_path, c, 100, 8.0, 4, 0, True, 160.0, clock) as log:
+    extent = telemetry.Extent(100, 8.0, 4, peak_images_per_s=160.0)
+    with telemetry.Telemetry(tmp_path, c, extent, 0, True, clock) as log:
         clock.now += 1
         log.log(10, {"train/loss": 2.0})  # 40 images/s
     assert rows(tmp_path)[0]["perf/mfu"] == pytest.approx(0.25)
