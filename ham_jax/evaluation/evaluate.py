@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 
 from ham_jax import DISCLAIMER, console, files, parallel
-from ham_jax import classes as diagnoses
 from ham_jax.config import InputError
 from ham_jax.data import metadata
 from ham_jax.data import prepare as preparation
@@ -216,10 +215,11 @@ def report(
       split test the challenge's own figures.
     """
     classes = predictions.classes
-    is_ham10000 = classes.names == diagnoses.HAM10000.names
     numbers = metrics.compute(predictions)
     intervals = bootstrap.intervals(predictions)
-    if split == "test" and is_ham10000:  # only there are others' figures to compare them with
+    if split == "test" and isic.knows(
+        classes
+    ):  # only there are others' figures to compare them with
         provenance = {**provenance, "isic2018": isic.score(predictions)}
     decided = {}
     if calibrated:
@@ -243,7 +243,7 @@ def report(
         files.write_json(folder / "metrics.json", numbers)
         predictions.write(folder / "predictions.csv")
         written = ["metrics.json", "predictions.csv"]
-        if is_ham10000:
+        if isic.knows(classes):
             isic.write_submission(folder / "isic_submission.csv", predictions)
             written.append("isic_submission.csv")
         _print(numbers, f"{folder}/{', '.join(written)}")
@@ -271,12 +271,7 @@ def _print(numbers: dict[str, Any], written: str) -> None:
 
     summary = [
         ["", "with the 95 % interval over lesions"],
-        ["balanced accuracy", with_interval("balanced_accuracy")],
-        ["accuracy", with_interval("accuracy")],
-        ["macro AUC", with_interval("macro_auc")],
-        ["macro average precision", with_interval("macro_average_precision")],
-        ["log loss", with_interval("log_loss")],
-        ["expected calibration error", with_interval("expected_calibration_error")],
+        *([metric.title, with_interval(metric.name)] for metric in metrics.METRICS),
         *(_decision_rows(numbers) if "calibration" in numbers else ()),
         *(
             [name, ", ".join(f"{p['balanced_accuracy']:.3f}" for p in numbers[name])]
