@@ -91,7 +91,7 @@ BELOW = {
 
 ONLY_IN = {
     "tensorflow": ["data/feed.py"],
-    "tensorflow_datasets": ["data/ham10000.py"],
+    "tensorflow_datasets": ["data/records.py"],
     "orbax": ["checkpoints.py"],
     "etils": ["local_path.py"],
     "optax": ["training/losses.py", "training/optim.py", "training/step.py"],

@@ -2,7 +2,7 @@
 
 Nothing here starts unless it is asked for. A fetch that broke off goes on where it stopped, what
 has a published checksum is compared with it, and a mirror that fails gives way to the next one.
-Zips stay zips: `ham10000.find` reads them as they are.
+Zips stay zips: `layouts.find` reads them as they are.
 
 The images are licensed CC BY-NC 4.0 by their authors (doi:10.7910/DVN/DBW86T).
 """
@@ -20,7 +20,7 @@ import requests
 
 from ham_jax import files, reading
 from ham_jax.config import InputError
-from ham_jax.data import ham10000
+from ham_jax.data import layouts, records
 
 _CHUNK_BYTES = 1 << 15  # what a break loses at the most
 _TIMEOUT_S = (20, 60)  # to connect; between two packets
@@ -196,10 +196,10 @@ def _is_complete(folder: Path, mirrors: Sequence[Mirror]) -> bool:
     """Returns whether the folder holds a mirror's files, records, or the set in any layout."""
     if any(all((folder / file.name).is_file() for file in m.files) for m in mirrors):
         return True
-    if ham10000.records_folders(folder):
+    if records.records_folders(folder):
         return True
     try:
-        ham10000.find(folder)
+        layouts.find(folder)
     except InputError:
         return False
     return True

@@ -15,14 +15,16 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import jax
 import numpy as np
 
 from ham_jax import parallel
 from ham_jax.config import InputError
-from ham_jax.data.ham10000 import Subset
+
+if TYPE_CHECKING:  # batches of arrays need no TFDS
+    from ham_jax.data.records import Subset
 
 Order = Callable[[int], np.ndarray]
 """step -> record numbers, int64 [B]"""
@@ -93,7 +95,7 @@ def choose(feed: str, num_bytes: int, mesh: jax.sharding.Mesh) -> str:
 
 def batches(
     feed: str,
-    images: Subset,
+    images: "Subset",
     order: Order,
     calls: Iterable[range],
     mesh: jax.sharding.Mesh,
@@ -202,7 +204,7 @@ def _streamed(records, order, steps, mesh) -> Callable[[np.ndarray], jax.Array]:
     return get
 
 
-def _resident(images: Subset, mesh) -> Callable[[np.ndarray], jax.Array]:
+def _resident(images: "Subset", mesh) -> Callable[[np.ndarray], jax.Array]:
     """Returns record numbers [..., B] of this process -> their images, [..., B, H, W, 3]."""
     whole = np.empty((len(images), *images.records.canvas, 3), np.uint8)
     for start in range(0, len(images), _LOAD_ROWS):

@@ -16,7 +16,7 @@ _SYSTEM = frozenset(
         *("$recycle.bin", "system volume information", "lost+found", "__pycache__"),
     }
 )
-_RECORDS = "dataset_info.json"  # in folders that `ham10000.prepare` made
+_RECORDS = "dataset_info.json"  # in folders that `records.prepare` made
 
 
 @dataclasses.dataclass(frozen=True)

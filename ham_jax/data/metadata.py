@@ -16,6 +16,11 @@ import pandas as pd
 
 from ham_jax import console, parallel
 
+COLUMNS = {  # and what tables may call them
+    "age": ("age", "age_approx"),
+    "sex": ("sex",),
+    "localization": ("localization", "site", "anatom_site_general"),
+}
 AGES = np.arange(0, 91, 10)  # years; HAM10000 rounds to 5, from 5 to 85
 SEXES = ("female", "male")
 SITES = (
@@ -56,26 +61,17 @@ def encode(table: pd.DataFrame) -> np.ndarray:
     return np.concatenate(groups, axis=1, dtype=np.float32)
 
 
-def strangers(table: pd.DataFrame) -> list[str]:
-    """Returns a sentence for each column with words that `encode` does not know."""
-    sentences = []
+def warn_unknown(table: pd.DataFrame) -> None:
+    """Prints a sentence for each column with words that `encode` does not know."""
     for column, words in (("sex", SEXES), ("localization", SITES)):
         texts = _texts(table, column)
         counts = texts[~texts.isin((*words, *UNKNOWN))].value_counts()
-        if len(counts):
+        if len(counts) and parallel.is_main():
             shown = ", ".join(repr(word) for word in counts.index[:5])
-            sentences.append(
+            console.log_line(
                 f"{column}: {counts.sum()} of {len(table)} photographs count as unknown ({shown});"
                 f" the network knows {', '.join(words)}."
             )
-    return sentences
-
-
-def announce(table: pd.DataFrame) -> None:
-    """Tells the person of `strangers`, so that a site in other words is not lost in silence."""
-    if parallel.is_main():
-        for sentence in strangers(table):
-            console.log_line(sentence)
 
 
 def drop(key: jax.Array, metadata: jax.Array, rate: float) -> jax.Array:

@@ -16,12 +16,6 @@ from ham_jax import escape
 from ham_jax.config import InputError
 from ham_jax.data import folders, image, metadata, tables
 
-METADATA_COLUMNS = {  # what a list may call them
-    "age": ("age", "age_approx"),
-    "sex": ("sex",),
-    "localization": ("localization", "site", "anatom_site_general"),
-}
-
 _PATH_COLUMNS = ("path", "image_path", "file", "filename", "image", "image_id", "isic_id")
 _LISTS = (".csv", ".tsv", ".tab")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -137,7 +131,7 @@ def find_metadata(pattern: str, num_images: int) -> pd.DataFrame:
     table, column = _rows(path)
     names = {
         name: next((alias for alias in aliases if alias in table), None)
-        for name, aliases in METADATA_COLUMNS.items()
+        for name, aliases in metadata.COLUMNS.items()
     }
     listed, faults = {}, []
     for row in table.to_dict("records"):

@@ -19,7 +19,7 @@ from ham_jax import config as configuration
 from ham_jax.config import InputError
 from ham_jax.data import feed, metadata, preprocess
 from ham_jax.data import prepare as preparation
-from ham_jax.data.ham10000 import Subset
+from ham_jax.data.records import Subset
 from ham_jax.evaluation import bootstrap, isic, judgement, lineage, metrics, ood
 
 Variables = Mapping[str, Any]
@@ -310,7 +310,7 @@ def run(
     output = output or workdirs[0]
     output.mkdir(parents=True, exist_ok=True)
     if any(member.config.model.metadata for member in members):
-        metadata.announce(images[0].records.table)
+        metadata.warn_unknown(images[0].records.table)
     answers, parts, judged, scores = [], [], [], []
     for member, data, own_images, calibrated in zip(members, datasets, images, fitted, strict=True):
         config = member.config

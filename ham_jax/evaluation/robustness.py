@@ -128,7 +128,7 @@ def run(
     output = output or workdirs[0]
     output.mkdir(parents=True, exist_ok=True)
     if any(member.config.model.metadata for member in members):
-        metadata.announce(table)
+        metadata.warn_unknown(table)
     labels, lesion_ids = table["label"].to_numpy(), table["lesion_id"].to_numpy()
 
     results, correct = [], []

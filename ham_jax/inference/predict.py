@@ -63,8 +63,8 @@ def run(
     if any(member.config.model.metadata for member in members):
         table = photographs.find_metadata(images, len(paths))
         codes = metadata.encode(table)
-        metadata.announce(table)
-        _tell_missing(codes, [name for name in photographs.METADATA_COLUMNS if name not in table])
+        metadata.warn_unknown(table)
+        _tell_missing(codes, [name for name in metadata.COLUMNS if name not in table])
     canvases = [tuple(member.config.data.canvas) for member in members]
     detectors = [evaluate.saved_detector(member) for member in members]
     answers = np.empty((len(members), len(paths), len(CLASSES)))
@@ -231,7 +231,7 @@ def _tell_missing(codes: np.ndarray, absent: Sequence[str]) -> None:
             f"The network also takes age, sex and site, which {num_without} of {len(codes)}"
             " photographs come without: give a CSV with columns path, age, sex, localization."
         )
-    if 0 < len(absent) < len(photographs.METADATA_COLUMNS) and parallel.is_main():
+    if 0 < len(absent) < len(metadata.COLUMNS) and parallel.is_main():
         console.log_line(f"--images has no column for {', '.join(absent)}: they count as unknown.")
 
 

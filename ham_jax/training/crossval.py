@@ -12,7 +12,7 @@ import pandas as pd
 from ham_jax import checkpoints, console, parallel
 from ham_jax.config import InputError
 from ham_jax.data import prepare as preparation
-from ham_jax.data.ham10000 import Subset
+from ham_jax.data.records import Subset
 from ham_jax.evaluation import evaluate, judgement, lineage, metrics
 from ham_jax.training import loop
 

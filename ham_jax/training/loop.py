@@ -152,7 +152,7 @@ def _train(
     codes = None
     if num_metadata:
         codes = metadata.encode(records.table)
-        metadata.announce(records.table)
+        metadata.warn_unknown(records.table)
 
     schedule = optim.schedule(config.optim, plan.warmup_steps, plan.num_steps)
     params = jax.eval_shape(lambda: network.init(config.seed)[0])
@@ -202,7 +202,7 @@ def _train(
                 )
             split_file = workdir / checkpoints.SPLIT
             if split_file.exists():  # runs of an earlier version have none
-                num_moved = splits.moved(split_file, records.table, data.split).sum()
+                num_moved = splits.changed_split(split_file, records.table, data.split).sum()
                 if num_moved:
                     raise InputError(
                         f"--workdir={workdir} was trained with {num_moved} images in another split"
