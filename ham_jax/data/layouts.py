@@ -187,7 +187,7 @@ class Layout:
 
 
 def find(
-    raw_dir: str | os.PathLike, classes: Classes = HAM10000, allow_partial: bool = False
+    raw_dir: str | os.PathLike, classes: Classes = HAM10000, *, allow_partial: bool = False
 ) -> RawData:
     """Finds photographs by image id, and their metadata, anywhere below a folder.
 
@@ -318,7 +318,7 @@ def _lacking(names: Sequence[str], divided: dict[Layout, tuple[list[str], list[s
     layout = max(divided, key=lambda layout: len(divided[layout][0]))
     found, missing = divided[layout]
     others = [name for name in names if name and name not in found]
-    told = f"has an {', '.join(found)}, but not" if found else "has not"
+    told = f"has {', '.join(found)}, but not" if found else "lacks"
     told += f" the column{'s' * (len(missing) > 1)} {', '.join(missing)} of {layout.name}. Its"
     told += f" columns: {_some((repr(name[:40]) for name in names), 12)}."
     for name in missing:
@@ -546,7 +546,8 @@ def _lesions(search: Search, table: pd.DataFrame) -> pd.Series:
             " column; for the ISIC challenge's training set add"
             " ISIC2018_Task3_Training_LesionGroupings.csv."
         )
-    elif alone := np.count_nonzero(nameless & (published < 0)):
+    alone = np.count_nonzero(nameless & (published < 0))
+    if alone and not search.faults:
         _say(
             f"{search.raw_dir}: {alone:,} of {len(table):,} images have no lesion_id, and each"
             " counts as a lesion of its own. If some show the same lesion, name it in a column"

@@ -150,7 +150,7 @@ def prepare(
     raw_dir, prepared_dir = Path(raw_dir), Path(prepared_dir)
     if ready := records_folders(raw_dir):
         return _fitting(ready, canvas, classes)
-    raw = layouts.find(raw_dir, classes, allow_partial)
+    raw = layouts.find(raw_dir, classes, allow_partial=allow_partial)
     fingerprint = _fingerprint(raw, canvas)
     name = f"{canvas[0]}x{canvas[1]}-{fingerprint[:10]}"
     folder = prepared_dir / Ham10000.name / name / str(Ham10000.VERSION)

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -202,7 +203,7 @@ def _look_of(dx: str) -> _Look:
     """Returns a look of its own for a class that HAM10000 does not have, derived from its name."""
     rng = np.random.default_rng([*hashlib.sha256(dx.lower().encode()).digest()])
     hue, strength, light = rng.uniform((0, 0.4, 0.35), (1, 0.9, 0.85))
-    structures = {
+    structures: dict[str, Any] = {
         **{"network": 0.15, "dots": 10, "vessels": 8, "veil": 0.6},
         **{"scale": 0.3, "center": 0.35, "lakes": 6},
     }
@@ -227,12 +228,10 @@ def _turns(classes: Classes) -> Iterator[int]:
 
 def _num_lesions(classes: Classes, per_class: int) -> int:
     """Returns how many lesions it takes for each class to have so many."""
-    counts = np.zeros(len(classes), int)
-    for number, label in enumerate(_turns(classes)):
-        if counts.min() >= per_class:
-            return number
-        counts[label] += 1
-    raise AssertionError  # turns never end
+    counts, turns = np.zeros(len(classes), int), _turns(classes)
+    while counts.min() < per_class:
+        counts[next(turns)] += 1
+    return int(counts.sum())
 
 
 def _plan(num_images: int, seed: int, classes: Classes) -> pd.DataFrame:

@@ -7,9 +7,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
-from ham_jax import CLASSES
+from ham_jax.classes import HAM10000, Classes
 from ham_jax.config import InputError
-from ham_jax.data import ham10000, image, synthetic
+from ham_jax.data import image, layouts, synthetic
 
 
 def test_the_layout_is_hams_own(tiny_raw):
@@ -18,8 +18,8 @@ def test_the_layout_is_hams_own(tiny_raw):
     assert len(table) == 200
     assert table.groupby("lesion_id")["dx"].nunique().max() == 1
     assert table["lesion_id"].nunique() < 200
-    assert table.drop_duplicates("lesion_id")["dx"].value_counts()[list(CLASSES)].min() >= 7
-    assert len(ham10000.find(tiny_raw, allow_partial=True).sources) == 200
+    assert table.drop_duplicates("lesion_id")["dx"].value_counts()[list(HAM10000)].min() >= 7
+    assert len(layouts.find(tiny_raw, allow_partial=True).sources) == 200
 
 
 def test_the_same_numbers_draw_the_same_files_and_are_drawn_once(tiny_raw, tmp_path):
@@ -41,7 +41,7 @@ def test_the_same_numbers_draw_the_same_files_and_are_drawn_once(tiny_raw, tmp_p
 
 
 def test_mean_colours_tell_something_but_not_everything(tiny_raw):
-    raw = ham10000.find(tiny_raw, allow_partial=True)
+    raw = layouts.find(tiny_raw, allow_partial=True)
     pixels = np.stack([image.load(source, (24, 32)) for source in raw.sources])
     colors = pixels[:, 6:18, 8:24].mean((1, 2)) / 255
     answers = cross_val_predict(

@@ -12,7 +12,7 @@ import pytest
 
 from ham_jax import CLASSES, DISCLAIMER, config, escape, parallel
 from ham_jax.config import InputError
-from ham_jax.data import ham10000
+from ham_jax.data import records
 from ham_jax.data import image as image_files
 from ham_jax.evaluation import calibration, decision, evaluate, judgement, metrics
 from ham_jax.inference import predict
@@ -183,7 +183,7 @@ def test_metadata_count_where_the_network_takes_them_and_only_there(
 ):
     ids, _, _, evaluated = metrics.read_predictions(trained_with_metadata / "predictions.csv")
     files = {p.stem: p for p in tiny_raw.rglob("*.jpg")}
-    about = ham10000.open_records(tiny_records).table.set_index("image_id").loc[ids]
+    about = records.open_records(tiny_records).table.set_index("image_id").loc[ids]
     about = about[["age", "sex", "localization"]].assign(path=[files[i] for i in ids])
 
     def probabilities(workdir, table):
