@@ -18,7 +18,6 @@ import shlex
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 import numpy as np
 import pandas as pd
@@ -94,7 +93,7 @@ class ZipMember:
     def __str__(self) -> str:
         return f"{self.zip_path}!{self.name}"
 
-    def open(self, mode: str = "rb") -> IO[bytes]:
+    def open(self, mode: str = "rb") -> io.BytesIO:
         """Opens the member for reading bytes, as `Path.open("rb")` does a file.
 
         Raises:

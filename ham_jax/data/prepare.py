@@ -96,9 +96,7 @@ def prepare(config: ml_collections.ConfigDict) -> Dataset:
     return Dataset(train_records, split, test_records, audit)
 
 
-def _records(
-    data: ml_collections.ConfigDict, classes: Classes, folder: str
-) -> Records:
+def _records(data: ml_collections.ConfigDict, classes: Classes, folder: str) -> Records:
     prepared = records.prepare(
         folder,
         tuple(data.canvas),

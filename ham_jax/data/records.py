@@ -34,9 +34,7 @@ from ham_jax.local_path import LocalPath
 DECODER_VERSION = 3
 """Raise it when `image.load` gives other pixels for the same file: old records are then remade."""
 
-_CITATION = (
-    "Tschandl, Rosendahl and Kittler, Sci. Data 5, 180161 (2018), doi:10.7910/DVN/DBW86T"
-)
+_CITATION = "Tschandl, Rosendahl and Kittler, Sci. Data 5, 180161 (2018), doi:10.7910/DVN/DBW86T"
 _SHARD_BYTES = 128 << 20  # tfds holds a shard in memory while it writes it
 _SPLIT = "images"
 _MAX_SMALL_BYTES = 256 << 20  # records.csv of a million photographs

@@ -98,7 +98,11 @@ def write(
         have too few lesions.
     """
     folder = Path(folder)
-    made_by = {"num_images": num_images, "seed": seed, "drawing_version": _DRAWING_VERSION}
+    made_by: dict[str, Any] = {
+        "num_images": num_images,
+        "seed": seed,
+        "drawing_version": _DRAWING_VERSION,
+    }
     if classes.names != HAM10000.names:
         made_by["classes"] = list(classes)
     marker = folder / "synthetic.json"
@@ -204,8 +208,13 @@ def _look_of(dx: str) -> _Look:
     rng = np.random.default_rng([*hashlib.sha256(dx.lower().encode()).digest()])
     hue, strength, light = rng.uniform((0, 0.4, 0.35), (1, 0.9, 0.85))
     structures: dict[str, Any] = {
-        **{"network": 0.15, "dots": 10, "vessels": 8, "veil": 0.6},
-        **{"scale": 0.3, "center": 0.35, "lakes": 6},
+        "network": 0.15,
+        "dots": 10,
+        "vessels": 8,
+        "veil": 0.6,
+        "scale": 0.3,
+        "center": 0.35,
+        "lakes": 6,
     }
     chosen = rng.choice(list(structures), 2, replace=False).tolist()
     return _Look(

@@ -507,11 +507,12 @@ def test_own_photographs_need_no_lesion_ids_which_is_said_once(tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
-    "words", [("Benign nevus", "wart"), ("Bowen's", "$HOME `x` !", "a\\b"), ("nævus", "b, c", "(d)")]
+    "words",
+    [("Benign nevus", "wart"), ("Bowen's", "$HOME `x` !", "a\\b"), ("nævus", "b, c", "(d)")],
 )
 def test_words_of_other_classes_come_as_an_option_to_be_pasted(words, tmp_path):
     rows = pd.DataFrame({"image_id": [f"p{n}" for n in range(len(words))], "dx": words})
-    with pytest.raises(InputError, match="line 2: dx .* must be one of akiec, bcc") as error:
+    with pytest.raises(InputError, match=r"line 2: dx .* must be one of akiec, bcc") as error:
         layouts.find(own(tmp_path, rows))
     (option,) = re.findall(r"--config\.data\.classes=.*(?=\.$)", error.value.faults[-1])
     (argument,) = shlex.split(option)
@@ -594,7 +595,7 @@ def test_a_layout_is_one_entry(tmp_path, monkeypatch):
     dummy = layouts.Layout("the clinic's export", lambda _: (("foto",), ("befund", "dx1")), rows)
     photographs(tmp_path, ["a", "b"])
     (tmp_path / "export.csv").write_text("Foto;Befund\na.jpg;B\nb.jpg;A\n")
-    with pytest.raises(InputError, match="export.csv: lacks the columns image_id, dx of a table"):
+    with pytest.raises(InputError, match=r"export\.csv: lacks the columns image_id, dx of a table"):
         layouts.find(tmp_path)
     monkeypatch.setattr(layouts, "LAYOUTS", (*layouts.LAYOUTS, dummy))
     assert list(layouts.find(tmp_path).table["dx"]) == ["bcc", "akiec"]

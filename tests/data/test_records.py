@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import runpy
@@ -239,3 +240,55 @@ def test_several_processes_prepare_once_and_without_tensorflow(tmp_path):
     ]
     said = [process.communicate(timeout=120) for process in processes]
     assert sorted(out for out, _ in said) == ["0 (7, 24, 32, 3)\n", "7 (7, 24, 32, 3)\n"], said
+
+
+def test_the_fingerprint_of_ham10000s_classes_is_what_it_was(tiny_raw, tiny_records):
+    raw = layouts.find(tiny_raw, allow_partial=True)
+    # If this fails, all records that people have are made again.
+    digest = "627c453aab4271c239f4a99342dd92567532494f510ff9a100dfe65ccb069f3b"
+    assert records._fingerprint(raw, CANVAS) == open_records(tiny_records).fingerprint == digest
+
+
+def test_records_from_before_there_were_other_classes_are_ham10000s(prepared, tmp_path):
+    content = json.loads((prepared / "metadata.json").read_text())
+    assert Classes.from_json(content.pop("classes")) == HAM10000
+    (prepared / "metadata.json").write_text(json.dumps(content))
+    (prepared / "checksums.json").unlink()
+    assert open_records(prepared).classes == HAM10000
+    assert prepare(tmp_path / "raw", tmp_path / "out") == prepared == prepare(prepared, tmp_path)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 12])
+def test_own_classes_without_lesion_ids_come_back(num_classes, tmp_path):
+    names = tuple(f"Diagnosis {chr(97 + n)}" for n in range(num_classes))
+    classes = Classes(names, malignant=names[1:2], titles=tuple(map(str.upper, names)))
+    ids = [f"photo {n:02}" for n in range(2 * num_classes)]
+    (tmp_path / "raw").mkdir()
+    for name in ids:
+        (tmp_path / "raw" / f"{name}.jpg").write_bytes(jpeg(name))
+    rows = pd.DataFrame({"image": ids, "dx": [*names, *map(str.lower, reversed(names))]})
+    rows.to_csv(tmp_path / "raw" / "mine.csv", index=False)
+
+    def made(classes: Classes, source: str = "raw") -> Path:
+        return records.prepare(
+            tmp_path / source, CANVAS, tmp_path / "out", classes=classes, num_workers=1
+        )
+
+    whole = open_records(made(classes))
+    assert whole.classes == classes
+    assert list(whole.table["lesion_id"]) == ids
+    assert list(whole.table["dx"]) == [*names, *reversed(names)]
+    assert list(whole.table["label"]) == [*range(num_classes), *reversed(range(num_classes))]
+    np.testing.assert_array_equal(whole.read(np.array([1]))[0], image.load(jpeg(ids[1]), CANVAS))
+
+    other = Classes(names[::-1])  # the same diagnoses, but other labels
+    assert made(Classes(names)) == whole.folder != made(other)
+    assert open_records(made(other)).table["label"][0] == num_classes - 1
+    assert made(other, "out") == made(other)
+    assert made(classes, "out") == whole.folder
+    with pytest.raises(InputError, match="fit 0 of these prepared sets"):
+        made(HAM10000, "out")
+    (whole.folder / "label.labels.txt").write_text("\n".join(names[::-1]))
+    (whole.folder / "checksums.json").unlink()
+    with pytest.raises(InputError, match=r"metadata\.json cannot be read: its classes are not"):
+        open_records(whole.folder)

@@ -1,5 +1,7 @@
 """The embedded default's data look like HAM10000 on disk, and can be learnt but not at a glance."""
 
+import hashlib
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -53,3 +55,25 @@ def test_mean_colours_tell_something_but_not_everything(tiny_raw):
     )
     score = balanced_accuracy_score(raw.table["label"], answers)
     assert 0.25 < score < 0.85  # chance is 0.14
+
+
+def test_hams_classes_look_as_ever_in_any_case():
+    drawn = b"".join(synthetic.draw(dx.upper(), [0, 1], [2]).tobytes() for dx in HAM10000)
+    assert hashlib.sha256(drawn).hexdigest()[:16] == "f425382a6bbf2d9e"
+
+
+def test_other_classes_have_looks_of_their_own_and_equal_shares(tmp_path):
+    classes = Classes(tuple(f"kind {n}" for n in range(12)))
+    synthetic.write(tmp_path / "raw", 96, 0, classes)
+    raw = layouts.find(tmp_path / "raw", classes, allow_partial=True)
+    lesions = raw.table.drop_duplicates("lesion_id")["dx"].value_counts()
+    assert lesions.max() - lesions.min() <= 1
+    middles = [image.load(source, (120, 160))[45:75, 60:100] / 255 for source in raw.sources]
+    answers = cross_val_predict(
+        LogisticRegression(C=1000.0, max_iter=5000),
+        np.stack([(*pixels.mean((0, 1)), *pixels.std((0, 1))) for pixels in middles]),
+        raw.table["label"],
+        groups=raw.table["lesion_id"],
+        cv=GroupKFold(4),
+    )
+    assert balanced_accuracy_score(raw.table["label"], answers) > 0.6  # chance is 0.08

@@ -12,8 +12,8 @@ import pytest
 
 from ham_jax import CLASSES, DISCLAIMER, config, escape, parallel
 from ham_jax.config import InputError
-from ham_jax.data import records
 from ham_jax.data import image as image_files
+from ham_jax.data import records
 from ham_jax.evaluation import calibration, decision, evaluate, judgement, metrics
 from ham_jax.inference import predict
 from ham_jax.training import loop
