@@ -172,9 +172,9 @@ def sequential(
 
 
 def _streamed(records, order, steps, mesh) -> Callable[[np.ndarray], jax.Array]:
-    """Returns what gives the next step's images, [B, H, W, 3], whichever numbers it is asked for.
+    """Returns a function that gives the next step's images, [B, H, W, 3], read ahead by tf.data.
 
-    They are read ahead by tf.data.
+    It does not look at the record numbers that it is given.
     """
     tf = _tensorflow()
     faults: list[InputError] = []

@@ -125,7 +125,7 @@ class RawData:
     Attributes:
       classes: the diagnoses.
       table: one row an image, sorted by image_id: image_id, lesion_id, dx, dx_type, sex,
-        localization, dataset ('' where not known), age in years (float, nan where not known),
+        localization, dataset ('' where unknown), age in years (float, nan where unknown),
         label (index of dx in `classes`).
       sources: where each row's photograph lies.
       sizes: bytes of each photograph's file.

@@ -125,7 +125,7 @@ def prepare(
     allow_partial: bool = False,
     num_workers: int = 0,
 ) -> Path:
-    """Makes records of a raw folder, unless they are there already, and shows how far it is.
+    """Makes records of a raw folder, unless they are there already.
 
     Several processes may call this at once: one works, the others wait.
 
@@ -135,23 +135,28 @@ def prepare(
       canvas: height, width of the records' images, in pixels.
       prepared_dir: the records' folder becomes `<prepared_dir>/ham10000/<H>x<W>-<hash>/<version>`.
       classes: see `layouts.find`.
-      allow_partial: see `layouts.find`.
+      allow_partial: see there.
       num_workers: processes that decode; 0: one a core.
 
     Returns:
       The records' folder, for `open_records`.
 
     Raises:
-      InputError: see `layouts.find`; no space on the disk; or images that cannot be decoded, all by
-        name.
+      InputError: see there; no space on the disk; or images that cannot be decoded, all by name.
     """
     raw_dir, prepared_dir = Path(raw_dir), Path(prepared_dir)
     if ready := records_folders(raw_dir):
         return _fitting(ready, canvas, classes)
     raw = layouts.find(raw_dir, classes, allow_partial=allow_partial)
     fingerprint = _fingerprint(raw, canvas)
-    name = f"{canvas[0]}x{canvas[1]}-{fingerprint[:10]}"
-    folder = prepared_dir / Ham10000.name / name / str(Ham10000.VERSION)
+    config = PhotographsConfig(
+        name=f"{canvas[0]}x{canvas[1]}-{fingerprint[:10]}",
+        raw=raw,
+        canvas=canvas,
+        fingerprint=fingerprint,
+        num_workers=num_workers,
+    )
+    folder = prepared_dir / Ham10000.name / config.name / str(Ham10000.VERSION)
     if folder.is_dir():
         return folder
     try:
@@ -164,20 +169,10 @@ def prepare(
         for unfinished in folder.parent.glob(f"{folder.name}.incomplete*"):  # of a killed process
             shutil.rmtree(unfinished)
         _check_disk(folder.parent, len(raw.sources) * _record_bytes(canvas))
-        with (
-            console.progress(f"Preparing {raw_dir}") as progress,
-            tempfile.TemporaryDirectory() as unused,  # tfds insists on a folder for downloads
-        ):
-            config = PhotographsConfig(
-                name=name,
-                raw=raw,
-                canvas=canvas,
-                fingerprint=fingerprint,
-                num_workers=num_workers,
-                progress=progress,
-            )
+        with console.progress(f"Preparing {raw_dir}") as config.progress:
             builder = Ham10000(data_dir=LocalPath(prepared_dir), config=config)
-            builder.download_and_prepare(download_dir=unused, file_format="array_record")
+            with tempfile.TemporaryDirectory() as unused:  # tfds wants a folder for downloads
+                builder.download_and_prepare(download_dir=unused, file_format="array_record")
         _write_checksums(folder)
     return folder
 
@@ -312,7 +307,7 @@ class PhotographsConfig(tfds.core.BuilderConfig):
     canvas: tuple[int, int]
     fingerprint: str
     num_workers: int
-    progress: Callable[[int, int], None]
+    progress: Callable[[int, int], None] | None = None
 
 
 class Ham10000(tfds.core.ShardBasedBuilder):
@@ -338,7 +333,7 @@ class Ham10000(tfds.core.ShardBasedBuilder):
                     ),
                     "label": features.ClassLabel(names=list(classes)),
                     "image_id": features.Text(),
-                    "age": features.Scalar(np.float32, doc="years; nan where not known"),
+                    "age": features.Scalar(np.float32, doc="years; nan where unknown"),
                     "file_sha256": features.Text(doc="of the file that was decoded"),
                     **{name: features.Text() for name in layouts.COLUMNS if name != "age"},
                 }
