@@ -7,7 +7,7 @@ answers = model.predict(["photograph.jpg"])
 
 from typing import TYPE_CHECKING, Any
 
-from ham_jax.classes import HAM10000, Classes
+from ham_jax.classes import Classes
 
 if TYPE_CHECKING:
     from ham_jax.model import Answers, Ensemble, Model, load
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Answers", "Classes", "Ensemble", "Model", "load"]
 
-CLASSES = HAM10000.names
 DISCLAIMER = "Educational and research use, not a diagnosis."
 
 

@@ -89,21 +89,22 @@ def faults(names: Sequence[str], malignant: Sequence[str]) -> list[str]:
     if odd:
         found.append(f"A class needs a printable name without spaces around it, not {odd[0]!r}.")
     if taken := [name for name in lower if name in _TAKEN]:
-        found.append(f"No class can be called {', '.join(taken)}: files have such a column.")
-    if strangers := [name for name in malignant if name not in names]:
         found.append(
-            f"Malignant is {', '.join(strangers)}, but the classes are {', '.join(names)}."
+            f"No class can be called {', '.join(taken)}: files have such a column. Add a word, such"
+            f" as '{taken[0]} lesion'."
         )
+    if others := [name for name in malignant if name not in names]:
+        found.append(f"Malignant is {', '.join(others)}, but the classes are {', '.join(names)}.")
     elif len(set(malignant)) == len(names):
         found.append("All classes are malignant: then there is nothing to flag; name none.")
     return found
 
 
-# Columns that stand beside the classes in predictions.csv, predict.csv and split files.
+# Columns beside the classes in predictions.csv, predict.csv and split files; a row of audit.csv.
 _TAKEN = (
     *("image", "image_id", "lesion_id", "truth", "split", "label", "path", "prediction"),
     *("age", "sex", "localization", "dx", "dx_type", "dataset", "file_sha256", "ood", "ood_score"),
-    *("malignant", "malignant_flag", "prediction_set", "error", "note"),
+    *("malignant", "malignant_flag", "prediction_set", "error", "note", "total"),
 )
 
 _KNOWN = {  # of HAM10000 and ISIC 2019: title, and whether it is malignant

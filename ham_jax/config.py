@@ -116,10 +116,9 @@ KEYS = (
     Key("data.num_workers", 0, "Processes that decode photographs in preparation. 0: one per core.",
         range=(0, _INF), free_on_resume=True, free_in_evaluation=True),
 
-    Key("model.name", "resnet18", "The network.", choices=(
-        "resnet18", "resnet34", "resnet50", "resnet101",
-        "efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2",
-        "convnext_atto", "convnext_femto", "convnext_pico", "convnext_nano", "convnext_tiny")),
+    Key("model.name", "resnet18", "The network: a ResNet (resnet18, 34, 50, 101), an"
+        " EfficientNet-Lite (efficientnet_lite0, 1, 2), a ConvNeXt (convnext_atto, femto, pico,"
+        " nano, tiny) or another family of ham_jax/models."),
     Key("model.stem", "imagenet", "First layers of a ResNet. 'imagenet': 7x7 with stride 2, then"
         " pooling; 'd': three 3x3, then pooling; 'small': one 3x3.",
         choices=("imagenet", "d", "small")),
@@ -162,16 +161,14 @@ KEYS = (
 
     Key("loss.imbalance", "none", "How training accounts for class imbalance: 'weighted' and 'sqrt'"
         " weight a class of n images by 1 / n and 1 / sqrt(n); 'focal' and 'logit_adjusted' are"
-        " losses; 'balanced_sampling' draws all classes equally often.", choices=(
-        "none", "weighted", "sqrt", "focal", "logit_adjusted", "balanced_sampling")),
+        " losses; 'balanced_sampling' draws all classes equally often; 'none': not at all."),
     Key("loss.label_smoothing", 0.0, "Share of each target that is spread over the classes: evenly,"
         " or by class frequency where the loss favours rare classes.", range=(0, 0.99)),
     Key("loss.focal_gamma", 2.0, "Exponent of the focal loss.", range=(0, _INF)),
     Key("loss.logit_tau", 1.0, "Factor of the log prior in the logit-adjusted loss.",
         range=(0, _INF)),
 
-    Key("optim.name", "sgd", "The optimiser; sgd uses Nesterov momentum.",
-        choices=("sgd", "adamw", "muon")),
+    Key("optim.name", "sgd", "The optimiser: sgd (with Nesterov momentum), adamw or muon."),
     Key("optim.learning_rate", 0.05, "Peak learning rate, reached after the warm-up; it then decays"
         " to zero along a cosine.", range=(0, _INF)),
     Key("optim.momentum", 0.9, "Momentum of sgd and muon.", range=(0, 0.9999)),
@@ -496,6 +493,9 @@ def differences(
 def validate(config: ml_collections.ConfigDict, num_devices: int = 1) -> None:
     """Checks every key and every combination that can be checked before data are seen.
 
+    What a network, loss or optimiser is called, and what it cannot do, its own room says:
+    `models.faults`, `losses.faults`, `optim.faults`.
+
     Args:
       config: a configuration made from `base()`.
       num_devices: devices over all processes, which must divide the batch sizes.
@@ -517,7 +517,6 @@ def validate(config: ml_collections.ConfigDict, num_devices: int = 1) -> None:
         _class_faults,
         _crop_faults,
         _progressive_faults,
-        _convnext_faults,
         _dispatch_faults,
         _pattern_faults,
         _profile_faults,
@@ -608,9 +607,9 @@ def _type_faults(values: Mapping[str, Any]) -> list[str]:
 
 def _value_faults(key: Key, value: Any) -> list[str]:
     """Returns the faults of a value of the right type."""
+    if instead := _REMOVED_CHOICES.get((key.name, str(value))):
+        return [f"{key.name} = {value!r} is no longer available: {instead}."]
     if key.choices and value not in key.choices:
-        if instead := _REMOVED_CHOICES.get((key.name, value)):
-            return [f"{key.name} = {value!r} is no longer available: {instead}."]
         hint = nearest(str(value), map(str, key.choices))
         allowed = ", ".join(map(repr, key.choices))
         return [f"{key.name} = {value!r} must be one of {allowed}.{hint}"]
@@ -692,20 +691,6 @@ def _progressive_faults(config) -> list[str]:
     if any(b <= a for a, b in itertools.pairwise(shares)):
         faults.append(f"augment.progressive = {sizes!r}: the shares must increase.")
     return faults
-
-
-def _convnext_faults(config) -> list[str]:
-    if not config.model.name.startswith("convnext"):
-        return []
-    sides = [("augment.crop_px", config.augment.crop_px)]
-    if not _progressive_faults(config):
-        sides += [("augment.progressive", px) for _, px in config.augment.progressive]
-    return [
-        f"{name} = {px} leaves {config.model.name} no pixel: it reduces the side to a 32nd; set 32"
-        " or more."
-        for name, px in sides
-        if px < 32
-    ]
 
 
 def _dispatch_faults(config) -> list[str]:

@@ -382,6 +382,11 @@ def _config_faults(mode: Mode, call: Call) -> list[str]:
         configuration.validate(call.config)
     except InputError as error:
         faults += error.faults
+    from ham_jax import models  # seconds of imports, which a run needs anyway
+    from ham_jax.training import losses, optim
+
+    for room in (models, losses, optim):
+        faults += room.faults(call.config)
     values = configuration.flatten(call.config)
     overridden = {key for key, _ in call.overrides}
     return faults + [

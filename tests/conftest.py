@@ -14,7 +14,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 import pytest  # noqa: E402
 
 # The longest files, which start first, so that no process waits for the other's last one.
-_LONGEST = ("test_slurm", "test_loop", "test_predict", "test_crossval", "test_ham10000")
+_LONGEST = ("test_slurm", "test_loop", "test_predict", "test_crossval", "test_records")
 
 
 def pytest_collection_modifyitems(items):
@@ -45,7 +45,7 @@ def tiny_raw(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_records(tiny_raw, tmp_path_factory) -> Path:
     """The same as records of 24 x 32 pixels."""
-    from ham_jax.data import ham10000
+    from ham_jax.data import records
 
     prepared = tmp_path_factory.mktemp("prepared")
-    return ham10000.prepare(tiny_raw, (24, 32), prepared, allow_partial=True, num_workers=1)
+    return records.prepare(tiny_raw, (24, 32), prepared, allow_partial=True, num_workers=1)

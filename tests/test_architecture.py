@@ -31,7 +31,7 @@ BELOW = {
 
 ONLY_IN = {
     "tensorflow": ["data/feed.py"],
-    "tensorflow_datasets": ["data/ham10000.py"],
+    "tensorflow_datasets": ["data/records.py"],
     "orbax": ["checkpoints.py"],
     "etils": ["local_path.py"],
     "optax": ["training/optim.py", "training/step.py"],

@@ -5,7 +5,7 @@ import pwd
 
 import numpy as np
 
-from ham_jax.data import ham10000
+from ham_jax.data import records
 from ham_jax.local_path import LocalPath
 
 
@@ -26,5 +26,5 @@ def test_an_owner_needs_no_name_and_a_folder_may_have_any(tiny_raw, tmp_path, mo
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     monkeypatch.setattr(grp, "getgrgid", unknown)
     prepared = tmp_path / "[2024] x"
-    folder = ham10000.prepare(tiny_raw, (16, 16), prepared, allow_partial=True, num_workers=1)
-    assert ham10000.open_records(folder).read(np.arange(3)).any()
+    folder = records.prepare(tiny_raw, (16, 16), prepared, allow_partial=True, num_workers=1)
+    assert records.open_records(folder).read(np.arange(3)).any()

@@ -49,6 +49,14 @@ def test_overrides_are_taken_out_of_the_command_line():
         (["--config={root}/configs/resnet.py:19"], ["18, 34, 50 or 101"]),
         (["--config={root}/configs/convnext.py:nano-x"], ["-imagenet may follow"]),
         (["--config={root}/configs/demo.py:x"], ["has no variants"]),
+        (
+            [
+                *("--config={root}/configs/demo.py", "--config.loss.imbalance=weigthed"),
+                *("--config.model.name=convnext_ato", "--config.optim.name=lamb"),
+                "--config.data.fold=9",
+            ],
+            ["Did you mean 'weighted'?", "'convnext_atto'", "no longer available", "fold = 9"],
+        ),
         (["--mode=eval"], ["needs --workdir"]),
         (["--mode=robustness"], ["--mode=robustness needs --workdir"]),
         (["--mode=report"], ["--mode=report needs --workdir"]),

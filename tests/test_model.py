@@ -11,7 +11,7 @@ import ham_jax
 from ham_jax import config, model, parallel
 from ham_jax.classes import Classes
 from ham_jax.config import InputError
-from ham_jax.data import ham10000 as records
+from ham_jax.data import records
 from ham_jax.evaluation import predictions
 from ham_jax.training import loop
 

@@ -62,10 +62,10 @@ def run(
     ensemble, table = Ensemble(restore_all(workdirs, overrides, mesh)).with_decisions(), None
     if ensemble.takes_metadata:
         table = photographs.find_metadata(images, len(found.paths))
-        metadata.announce(table)
+        metadata.warn_unknown(table)
         _tell_missing(
             metadata.encode(table),
-            [name for name in photographs.METADATA_COLUMNS if name not in table],
+            [name for name in metadata.COLUMNS if name not in table],
         )
     answers = ensemble.predict(found.sources, table)
     if parallel.is_main():
@@ -109,7 +109,7 @@ def _tell_missing(codes: np.ndarray, absent: Sequence[str]) -> None:
             f"The network also takes age, sex and site, which {num_without} of {len(codes)}"
             " photographs come without: give a CSV with columns path, age, sex, localization."
         )
-    if 0 < len(absent) < len(photographs.METADATA_COLUMNS) and parallel.is_main():
+    if 0 < len(absent) < len(metadata.COLUMNS) and parallel.is_main():
         console.log_line(f"--images has no column for {', '.join(absent)}: they count as unknown.")
 
 

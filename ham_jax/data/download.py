@@ -1,8 +1,8 @@
 """Fetches HAM10000 and the official ISIC 2018 Task 3 test from their public mirrors.
 
-Nothing here starts unless it is asked for. A fetch that broke off goes on where it stopped, what
-has a published checksum is compared with it, and a mirror that fails gives way to the next one.
-Zips stay zips: `ham10000.find` reads them as they are.
+Nothing here starts unless it is asked for. An interrupted download resumes, files with a published
+checksum are verified, and a mirror that fails gives way to the next one. Zips stay zips:
+`layouts.find` reads them as they are.
 
 The images are licensed CC BY-NC 4.0 by their authors (doi:10.7910/DVN/DBW86T).
 """
@@ -20,7 +20,7 @@ import requests
 
 from ham_jax import files, reading
 from ham_jax.config import InputError
-from ham_jax.data import ham10000
+from ham_jax.data import layouts, records
 
 _CHUNK_BYTES = 1 << 15  # what a break loses at the most
 _TIMEOUT_S = (20, 60)  # to connect; between two packets
@@ -30,7 +30,7 @@ _SPARE_BYTES = 64 << 20  # left free on the disk
 
 
 class MirrorError(Exception):
-    """This mirror cannot give this file."""
+    """This mirror cannot provide this file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +158,7 @@ def download(
       Whether anything had to be fetched.
 
     Raises:
-      InputError: no mirror could give the set (with each one's reason), or the disk is too full.
+      InputError: no mirror could provide the set (with the reason of each), or the disk is full.
     """
     folder = Path(folder)
     unfinished = folder / ".unfinished"
@@ -187,8 +187,8 @@ def download(
     raise InputError(
         f"The {what} set could not be fetched into {folder}:\n"
         + "\n".join(reasons)
-        + "\nThe same command goes on where this one stopped. Or fetch these files with a browser"
-        f" into that folder, and leave zips as they are: {by_hand}"
+        + "\nRun the same command again to resume. Or fetch these files with a browser into that"
+        f" folder, and leave zips as they are: {by_hand}"
     )
 
 
@@ -196,10 +196,10 @@ def _is_complete(folder: Path, mirrors: Sequence[Mirror]) -> bool:
     """Returns whether the folder holds a mirror's files, records, or the set in any layout."""
     if any(all((folder / file.name).is_file() for file in m.files) for m in mirrors):
         return True
-    if ham10000.records_folders(folder):
+    if records.records_folders(folder):
         return True
     try:
-        ham10000.find(folder)
+        layouts.find(folder)
     except InputError:
         return False
     return True
@@ -284,11 +284,11 @@ def _fault(file: RemoteFile, path: Path) -> str:
         try:
             reading.open_zip(path).close()
         except (OSError, zipfile.BadZipFile) as error:
-            return f"what came is not a zip: {error}"
+            return f"the download is not a zip file: {error}"
     else:
         with path.open("rb") as content:
             if content.read(64).lstrip().startswith((b"<", b"{")):
-                return "what came is a web page, not a table"
+                return "the download is a web page, not a table"
     return ""
 
 

@@ -23,8 +23,8 @@ import numpy as np
 from ham_jax import parallel
 from ham_jax.config import InputError
 
-if TYPE_CHECKING:  # TFDS need not be installed to ask a trained network
-    from ham_jax.data.ham10000 import Subset
+if TYPE_CHECKING:  # batches of arrays need no TFDS
+    from ham_jax.data.records import Subset
 
 Order = Callable[[int], np.ndarray]
 """step -> record numbers, int64 [B]"""
@@ -172,9 +172,9 @@ def sequential(
 
 
 def _streamed(records, order, steps, mesh) -> Callable[[np.ndarray], jax.Array]:
-    """Returns what gives the next step's images, [B, H, W, 3], whichever numbers it is asked for.
+    """Returns a function that gives the next step's images, [B, H, W, 3], read ahead by tf.data.
 
-    They are read ahead by tf.data.
+    It does not look at the record numbers that it is given.
     """
     tf = _tensorflow()
     faults: list[InputError] = []

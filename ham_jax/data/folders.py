@@ -1,4 +1,4 @@
-"""What lies in a folder: the one walk, for data folders and a person's photographs alike."""
+"""What is in a folder: the only walk, for data folders and a person's photographs alike."""
 
 import dataclasses
 import fnmatch
@@ -16,7 +16,7 @@ _SYSTEM = frozenset(
         *("$recycle.bin", "system volume information", "lost+found", "__pycache__"),
     }
 )
-_RECORDS = "dataset_info.json"  # in folders that `ham10000.prepare` made
+_RECORDS = "dataset_info.json"  # in folders that `records.prepare` made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Unreadable:
 
 
 def is_hidden(name: str, named: Sequence[str] = ()) -> bool:
-    """Returns whether a file or folder of this name is nobody's photograph or table.
+    """Returns whether a file or folder of this name is never a photograph or table.
 
     Args:
       name: without the folders above it.

@@ -4,8 +4,8 @@ Only what a physician knows before the diagnosis. `dx_type` (how it was confirme
 (which clinic) predict the label and never enter.
 
 A code is float32 [NUM_METADATA]: three groups of places, for age, sex and site. Each group is
-non-negative, sums to 1 and ends with the place for "not known", so that a missing value is a value
-as any other. Which values are missing hangs together with the clinic in HAM10000, and so with the
+non-negative, sums to 1 and ends with the place for "unknown", so that a missing value is a value as
+any other. Which values are missing is correlated with the clinic in HAM10000, and so with the
 diagnosis; `drop` makes them miss at random in training too.
 """
 
@@ -16,6 +16,11 @@ import pandas as pd
 
 from ham_jax import console, parallel
 
+COLUMNS = {  # and what tables may call them
+    "age": ("age", "age_approx"),
+    "sex": ("sex",),
+    "localization": ("localization", "site", "anatom_site_general"),
+}
 AGES = np.arange(0, 91, 10)  # years; HAM10000 rounds to 5, from 5 to 85
 SEXES = ("female", "male")
 SITES = (
@@ -27,7 +32,7 @@ UNKNOWN = ("", "na", "nan", "none", "unknown")
 _SIZES = [len(places) + 1 for places in (AGES, SEXES, SITES)]
 NUM_METADATA = sum(_SIZES)
 MISSING = np.zeros(NUM_METADATA, np.float32)
-"""The code of a photograph of which nothing is known."""
+"""The code of a photograph without metadata."""
 MISSING[np.cumsum(_SIZES) - 1] = 1
 _GROUP = np.repeat(np.arange(len(_SIZES)), _SIZES)  # which group each place belongs to
 
@@ -39,47 +44,38 @@ def encode(table: pd.DataFrame) -> np.ndarray:
     a linear layer learn any line with bends at these ages; beyond the last it counts as the last.
 
     Args:
-      table: one row an image; of its columns only `age` (years, nan where not known), `sex` and
+      table: one row an image; of its columns only `age` (years, nan where unknown), `sex` and
         `localization` are read. A column that is absent, and a word that is not one of `SEXES` or
-        `SITES`, count as not known. So does an age of 0: of HAM10000's 39 such photographs 5 are
+        `SITES`, count as unknown. So does an age of 0: of HAM10000's 39 such photographs 5 are
         of keratoses (bkl), which infants do not have, so that 0 cannot be taken at its word.
     """
     age = table["age"].to_numpy(np.float64) if "age" in table else np.full(len(table), np.nan)
-    known = age > 0  # false for nan
-    age = np.where(known, np.clip(age, AGES[0], AGES[-1]), np.nan)
+    given = age > 0  # false for nan
+    age = np.where(given, np.clip(age, AGES[0], AGES[-1]), np.nan)
     near = 1 - np.abs(age[:, None] - AGES) / (AGES[1] - AGES[0])
-    shares = np.where(known[:, None], np.maximum(near, 0), 0)
-    groups = [shares, ~known[:, None]]
+    shares = np.where(given[:, None], np.maximum(near, 0), 0)
+    groups = [shares, ~given[:, None]]
     for column, words in (("sex", SEXES), ("localization", SITES)):
         places = pd.Index(words).get_indexer(_texts(table, column))
         groups.append(np.eye(len(words) + 1)[places])  # -1 of any other word: the last place
     return np.concatenate(groups, axis=1, dtype=np.float32)
 
 
-def strangers(table: pd.DataFrame) -> list[str]:
-    """Returns a sentence for each column with words that `encode` does not know."""
-    sentences = []
+def warn_unknown(table: pd.DataFrame) -> None:
+    """Prints a sentence for each column with words that `encode` does not know."""
     for column, words in (("sex", SEXES), ("localization", SITES)):
         texts = _texts(table, column)
         counts = texts[~texts.isin((*words, *UNKNOWN))].value_counts()
-        if len(counts):
+        if len(counts) and parallel.is_main():
             shown = ", ".join(repr(word) for word in counts.index[:5])
-            sentences.append(
+            console.log_line(
                 f"{column}: {counts.sum()} of {len(table)} photographs count as unknown ({shown});"
                 f" the network knows {', '.join(words)}."
             )
-    return sentences
-
-
-def announce(table: pd.DataFrame) -> None:
-    """Tells the person of `strangers`, so that a site in other words is not lost in silence."""
-    if parallel.is_main():
-        for sentence in strangers(table):
-            console.log_line(sentence)
 
 
 def drop(key: jax.Array, metadata: jax.Array, rate: float) -> jax.Array:
-    """Replaces age, sex and site by their code for "not known", each by itself at random.
+    """Replaces age, sex and site by their code for "unknown", each by itself at random.
 
     Args:
       key: of this step, and of nothing else.

@@ -1,4 +1,4 @@
-"""A person's own photographs: what `--images` names, and what their list tells of them."""
+"""A person's own photographs: what `--images` names, and what their list says of them."""
 
 import collections
 import dataclasses
@@ -16,16 +16,10 @@ from ham_jax import escape
 from ham_jax.config import InputError
 from ham_jax.data import folders, image, metadata, tables
 
-METADATA_COLUMNS = {  # what a list may call them
-    "age": ("age", "age_approx"),
-    "sex": ("sex",),
-    "localization": ("localization", "site", "anatom_site_general"),
-}
-
 _PATH_COLUMNS = ("path", "image_path", "file", "filename", "image", "image_id", "isic_id")
 _LISTS = (".csv", ".tsv", ".tab")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-# What lies beside photographs and is none: counted, but not named one by one.
+# Other files among photographs: counted, but not listed one by one.
 _BESIDE = frozenset(
     {
         *(".txt", ".csv", ".tsv", ".tab", ".json", ".xml", ".xmp", ".aae", ".thm", ".md", ".html"),
@@ -44,7 +38,7 @@ class Photographs:
     Attributes:
       paths: each once, in the order of a list, else sorted.
       faults: why some of these cannot be opened, by their number.
-      left_out: what was met and is not looked at, sorted.
+      left_out: what was found beside them, sorted.
     """
 
     paths: list[str]
@@ -118,18 +112,18 @@ def find_images(pattern: str) -> Photographs:
 
 
 def find_metadata(pattern: str, num_images: int) -> pd.DataFrame:
-    """Returns what the CSV `--images` tells beside the paths; nothing where it is no CSV.
+    """Returns what the CSV `--images` says beside the paths; nothing where it is no CSV.
 
     Args:
       pattern: see `find_images`.
       num_images: how many photographs that found.
 
     Returns:
-      A row a photograph, in the order of `find_images`: those of age in years (nan where not
-      known), sex and localization that the CSV has.
+      A row a photograph, in the order of `find_images`: those of age in years (nan where
+      unknown), sex and localization that the CSV has.
 
     Raises:
-      InputError: an age that is none, or two rows that say different things of a photograph.
+      InputError: an invalid age, or two rows that say different things of a photograph.
     """
     if not _is_list(pattern) or not num_images:
         return pd.DataFrame(index=range(num_images))
@@ -137,26 +131,26 @@ def find_metadata(pattern: str, num_images: int) -> pd.DataFrame:
     table, column = _rows(path)
     names = {
         name: next((alias for alias in aliases if alias in table), None)
-        for name, aliases in METADATA_COLUMNS.items()
+        for name, aliases in metadata.COLUMNS.items()
     }
     listed, faults = {}, []
     for row in table.to_dict("records"):
         where = f"--images={path}: {escape.shown(row[column])}"
-        known = {name: row[given] for name, given in names.items() if given}
-        if "age" in known:
+        values = {name: row[given] for name, given in names.items() if given}
+        if "age" in values:
             try:
-                known["age"] = _years(known["age"])
+                values["age"] = _years(values["age"])
             except ValueError:
                 faults.append(
-                    f"{where}: {names['age']} {known['age']!r} must be years from 0 to 120, or"
+                    f"{where}: {names['age']} {values['age']!r} must be years from 0 to 120, or"
                     " empty."
                 )
-        if listed.setdefault(row[column], known) != known:
+        if listed.setdefault(row[column], values) != values:
             faults.append(f"{where} is listed twice and differently.")
     if faults:
         raise InputError(faults[:10])
-    known = pd.DataFrame(listed.values(), index=range(num_images))
-    return known.astype({"age": float}) if "age" in known else known
+    table = pd.DataFrame(listed.values(), index=range(num_images))
+    return table.astype({"age": float}) if "age" in table else table
 
 
 def _is_list(pattern: str) -> bool:
@@ -285,10 +279,10 @@ def _rows(path: Path) -> tuple[pd.DataFrame, str]:
 
 
 def _years(text: str) -> float:
-    """Returns an age, nan where it is not known.
+    """Returns an age, nan where it is unknown.
 
     Raises:
-      ValueError: that is no age.
+      ValueError: it is not an age.
     """
     if text.lower() in metadata.UNKNOWN:
         return math.nan

@@ -7,9 +7,12 @@ import ml_collections
 import numpy as np
 import pandas as pd
 
+from ham_jax import classes as class_lists
 from ham_jax import console, parallel
+from ham_jax.classes import HAM10000, Classes
 from ham_jax.config import InputError
-from ham_jax.data import download, ham10000, splits, synthetic
+from ham_jax.data import download, records, splits, synthetic
+from ham_jax.data.records import Records, Subset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,19 +26,19 @@ class Dataset:
       audit: what `splits.audit` found.
     """
 
-    records: ham10000.Records
+    records: Records
     split: np.ndarray
-    test_records: ham10000.Records | None
+    test_records: Records | None
     audit: splits.Audit
 
-    def select(self, name: str) -> ham10000.Subset:
+    def select(self, name: str) -> Subset:
         """Returns the images of the split called `name`.
 
         Raises:
           InputError: there is no such image.
         """
         if name == "test" and self.test_records is not None:
-            return ham10000.Subset(self.test_records, np.arange(len(self.test_records.table)))
+            return Subset(self.test_records, np.arange(len(self.test_records.table)))
         rows = np.flatnonzero(self.split == name)
         if not len(rows):
             raise InputError(
@@ -43,7 +46,7 @@ class Dataset:
                 " --config.data.test_dir=FOLDER (--config.data.download=true fetches it);"
                 " a data.split_csv may name one too."
             )
-        return ham10000.Subset(self.records, rows)
+        return Subset(self.records, rows)
 
     def held_out(self) -> pd.DataFrame:
         """Returns the table of what does not train: the images of val, test and test_dir."""
@@ -60,35 +63,47 @@ def prepare(config: ml_collections.ConfigDict) -> Dataset:
       InputError: nothing to read, faulty metadata or images, or lesions shared between splits.
     """
     data = config.data
+    classes = class_lists.of_config(data)
+    if data.download and sorted(classes) != sorted(HAM10000):
+        raise InputError(
+            f"data.download = true fetches HAM10000, and data.classes = {classes.names!r} are not"
+            " its seven. Leave out data.classes, or set data.dir to your own photographs and"
+            " data.download=false."
+        )
     if data.synthetic_images and parallel.is_main():
-        synthetic.write(Path(data.dir), data.synthetic_images, config.seed)
+        min_lesions = 1 if data.split_csv else data.num_folds
+        synthetic.write(
+            Path(data.dir), data.synthetic_images, config.seed, classes, min_lesions=min_lesions
+        )
     if data.download and parallel.is_main():
         for folder, what in ((data.dir, "train"), (data.test_dir, "test")):
             if folder:
                 with console.progress(f"Fetching {what}") as progress:
                     download.download(Path(folder), what, progress)
     parallel.barrier("photographs")
-    records = _records(data, data.dir)
-    test_records = _records(data, data.test_dir) if data.test_dir else None
-    split = splits.assign(records.table, data, config.seed)
-    audit = splits.audit(records.table, split, None if test_records is None else test_records.table)
+    train_records = _records(data, classes, data.dir)
+    test_records = _records(data, classes, data.test_dir) if data.test_dir else None
+    table = train_records.table
+    split = splits.assign(table, data, config.seed)
+    test_table = None if test_records is None else test_records.table
+    audit = splits.audit(table, split, classes, test_table)
     if audit.shared_lesions:
         shown = ", ".join(audit.shared_lesions[:5])
         raise InputError(
             f"{len(audit.shared_lesions)} lesions lie in more than one split ({shown}, ...):"
             " results would be inflated by leakage. Give test photographs of other lesions."
         )
-    return Dataset(records, split, test_records, audit)
+    return Dataset(train_records, split, test_records, audit)
 
 
-def _records(data: ml_collections.ConfigDict, folder: str) -> ham10000.Records:
-    with console.progress(f"Preparing {folder}") as progress:
-        prepared = ham10000.prepare(
-            Path(folder),
-            tuple(data.canvas),
-            Path(data.prepared_dir),
-            allow_partial=data.allow_partial or data.synthetic_images > 0,
-            num_workers=data.num_workers,
-            progress=progress,
-        )
-    return ham10000.open_records(prepared)
+def _records(data: ml_collections.ConfigDict, classes: Classes, folder: str) -> Records:
+    prepared = records.prepare(
+        folder,
+        tuple(data.canvas),
+        data.prepared_dir,
+        classes=classes,
+        allow_partial=data.allow_partial or data.synthetic_images > 0,
+        num_workers=data.num_workers,
+    )
+    # Titles, and which classes are malignant, may change without new records.
+    return dataclasses.replace(records.open_records(prepared), classes=classes)

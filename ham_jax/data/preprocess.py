@@ -5,6 +5,7 @@ on batches sharded along their rows, with static shapes.
 """
 
 import math
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,8 @@ def _weighted(image: jax.Array, pixel: jax.Array, weight: jax.Array, axis: int) 
     shape[0], shape[axis + 1] = weight.shape[:2]
     take = jax.vmap(lambda image, pixel: image.take(pixel, axis, mode="clip"))
     taps = range(pixel.shape[-1])
-    return sum(take(image, pixel[..., tap]) * weight[..., tap].reshape(shape) for tap in taps)
+    weighted = (take(image, pixel[..., tap]) * weight[..., tap].reshape(shape) for tap in taps)
+    return cast(jax.Array, sum(weighted))
 
 
 def central_boxes(batch_size: int, height: int, width: int, scale: float) -> np.ndarray:
@@ -144,5 +146,6 @@ def eval_view(image: jax.Array, crop_px: int, crop_scale: float, gray_norm: floa
     Returns:
       float32 [B, crop_px, crop_px, 3] in [0, 1].
     """
-    boxes = central_boxes(*image.shape[:3], crop_scale)
+    batch_size, height, width, _ = image.shape
+    boxes = central_boxes(batch_size, height, width, crop_scale)
     return shades_of_gray(resample(image, jnp.asarray(boxes), crop_px), gray_norm)

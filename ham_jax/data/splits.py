@@ -15,16 +15,17 @@ import numpy as np
 import pandas as pd
 from sklearn import model_selection
 
-from ham_jax import CLASSES, escape, files
+from ham_jax import escape, files
+from ham_jax.classes import Classes
 from ham_jax.config import InputError, nearest
-from ham_jax.data import tables
+from ham_jax.data import metadata, tables
 
 SPLITS = ("train", "val", "test")
-METADATA = ("age", "sex", "localization", "dx_type")
+METADATA = (*metadata.COLUMNS, "dx_type")
 
 
 def folds(table: pd.DataFrame, num_folds: int, seed: int) -> np.ndarray:
-    """Deals lesions, stratified by diagnosis, into folds.
+    """Assigns lesions to folds, stratified by diagnosis.
 
     The folds depend on the set of (lesion_id, dx), on `num_folds` and on `seed` only, not on the
     order of the rows. Of each class, and over all, two folds differ by one lesion at the most.
@@ -69,8 +70,8 @@ def folds(table: pd.DataFrame, num_folds: int, seed: int) -> np.ndarray:
     if faults:
         raise InputError(faults)
     fold = pd.Series(-1, index=lesions["lesion_id"])
-    dealer = model_selection.StratifiedKFold(num_folds, shuffle=True, random_state=seed)
-    for k, (_, held_out) in enumerate(dealer.split(dx, dx)):
+    stratified = model_selection.StratifiedKFold(num_folds, shuffle=True, random_state=seed)
+    for k, (_, held_out) in enumerate(stratified.split(dx, dx)):
         fold.iloc[held_out] = k
     return fold.loc[table["lesion_id"]].to_numpy()
 
@@ -156,7 +157,12 @@ class Audit:
         files.write_text(folder / "audit.csv", self.counts.to_csv(lineterminator="\n"))
 
 
-def audit(table: pd.DataFrame, split: np.ndarray, test_table: pd.DataFrame | None = None) -> Audit:
+def audit(
+    table: pd.DataFrame,
+    split: np.ndarray,
+    classes: Classes,
+    test_table: pd.DataFrame | None = None,
+) -> Audit:
     """Counts images, lesions and missing metadata by split and looks for leaks between splits.
 
     Args:
@@ -164,6 +170,7 @@ def audit(table: pd.DataFrame, split: np.ndarray, test_table: pd.DataFrame | Non
         `localization`, `dx_type` and `file_sha256`. An image without a lesion_id counts as a
         lesion of its own; a metadata column that is absent counts as missing.
       split: str [n], the split of each row.
+      classes: the diagnoses.
       test_table: the official test in the same form, counted as split 'test'.
 
     Returns:
@@ -183,7 +190,7 @@ def audit(table: pd.DataFrame, split: np.ndarray, test_table: pd.DataFrame | Non
         counts[f"{name}_images"] = part["dx"].value_counts()
         counts[f"{name}_lesions"] = part.drop_duplicates(["lesion_id", "dx"])["dx"].value_counts()
         missing[name] = {column: int(_blank(part[column]).sum()) for column in METADATA}
-    counts = pd.DataFrame(counts).reindex(CLASSES).fillna(0).astype(int).rename_axis("dx")
+    counts = pd.DataFrame(counts).reindex(classes.names).fillna(0).astype(int).rename_axis("dx")
     counts.loc["total"] = counts.sum()
 
     num_splits = rows.groupby("lesion_id")["split"].nunique()
@@ -227,7 +234,7 @@ def trained_on(path: str | os.PathLike, table: pd.DataFrame) -> np.ndarray:
     ).to_numpy()
 
 
-def moved(path: str | os.PathLike, table: pd.DataFrame, split: np.ndarray) -> np.ndarray:
+def changed_split(path: str | os.PathLike, table: pd.DataFrame, split: np.ndarray) -> np.ndarray:
     """Returns which images of `table` a run had in another split, or did not have, bool [n].
 
     Args:
@@ -312,8 +319,8 @@ def _from_csv(table: pd.DataFrame, path: str) -> np.ndarray:
 
 
 def _blank(column: pd.Series) -> pd.Series:
-    """Returns where a value is missing; HAM10000 also writes 'unknown'."""
-    return column.isna() | column.isin(["", "unknown"])
+    """Returns where a value is missing."""
+    return column.isna() | column.isin(metadata.UNKNOWN)
 
 
 def _some(names: Iterable[str], limit: int = 5) -> str:

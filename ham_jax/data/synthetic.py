@@ -4,22 +4,28 @@ The pictures only resemble dermoscopy. Each class has typical shapes, colours an
 overlap with the others', so that a network must look at more than the mean colour.
 """
 
+import colorsys
 import dataclasses
+import hashlib
+import itertools
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ham_jax import CLASSES, files
+from ham_jax import files
+from ham_jax.classes import HAM10000, Classes
 from ham_jax.config import InputError
 from ham_jax.data import image
 
 SIZE = (120, 160)  # height, width of a photograph in pixels
 _FIRST_ID = 24306  # HAM10000's first is ISIC_0024306
-_SHARES = (0.10, 0.12, 0.14, 0.08, 0.14, 0.34, 0.08)  # of the lesions, in the order of CLASSES
+_SHARES = (0.10, 0.12, 0.14, 0.08, 0.14, 0.34, 0.08)  # of the lesions, as in `HAM10000`
 _MAX_PHOTOGRAPHS = 3  # of one lesion
 _SITES = ("back", "trunk", "face", "lower extremity", "upper extremity", "unknown")
 _DRAWING_VERSION = 1
@@ -67,33 +73,57 @@ _LOOKS = {
 }
 
 
-def write(folder: str | os.PathLike, num_images: int, seed: int) -> bool:
+def write(
+    folder: str | os.PathLike,
+    num_images: int,
+    seed: int,
+    classes: Classes = HAM10000,
+    *,
+    min_lesions: int = 1,
+) -> bool:
     """Writes a data set in the Kaggle layout, unless it is there already.
 
     Args:
       folder: becomes `HAM10000_metadata.csv` and two folders of `ISIC_*.jpg`.
       num_images: photographs in all; several may show one lesion.
       seed: of all drawing.
+      classes: the diagnoses. HAM10000's seven have about its shares, others equal ones.
+      min_lesions: that each class must have, such as the number of folds.
 
     Returns:
       Whether it was written now.
 
     Raises:
-      InputError: the folder holds something else, or what it holds is damaged.
+      InputError: the folder holds something else, or what it holds is damaged; or a class would
+        have too few lesions.
     """
     folder = Path(folder)
-    made_by = {"num_images": num_images, "seed": seed, "drawing_version": _DRAWING_VERSION}
+    made_by: dict[str, Any] = {
+        "num_images": num_images,
+        "seed": seed,
+        "drawing_version": _DRAWING_VERSION,
+    }
+    if classes.names != HAM10000.names:
+        made_by["classes"] = list(classes)
     marker = folder / "synthetic.json"
     if marker.exists():
         if files.read_json(marker, f"Delete {folder}.") == made_by:
             return False
     elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder} holds other files; give synthetic lesions a new folder.")
+    rows = _plan(num_images, seed, classes)
+    needed = _num_lesions(classes, min_lesions)
+    if rows["lesion_id"].nunique() < needed:
+        raise InputError(
+            f"{num_images} synthetic images are too few for {len(classes)} classes with"
+            f" {min_lesions} lesions each. Set data.synthetic_images to"
+            f" {needed * _MAX_PHOTOGRAPHS} or more."
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         drawn = Path(temporary) / "drawn"
         drawn.mkdir()
-        _draw_all(drawn, num_images, seed)
+        _draw_all(drawn, rows, seed)
         files.write_json(drawn / marker.name, made_by)
         if folder.exists():
             shutil.rmtree(folder)  # of other numbers, made by this function
@@ -110,7 +140,7 @@ def draw(dx: str, lesion_seed: list[int], view_seed: list[int]) -> np.ndarray:
       view_seed: how it was photographed: place, turn, size, light, hair.
     """
     lesion, view = np.random.default_rng(lesion_seed), np.random.default_rng(view_seed)
-    look = _LOOKS[dx]
+    look = _LOOKS.get(dx.lower()) or _look_of(dx)
     height, width = SIZE
     y, x = np.mgrid[:height, :width].astype(np.float32)
 
@@ -131,9 +161,23 @@ def draw(dx: str, lesion_seed: list[int], view_seed: list[int]) -> np.ndarray:
         amplitude = look.irregular * lesion.normal() / wave**0.5
         border += amplitude * np.cos(wave * angle + lesion.uniform(0, 2 * np.pi))
     inside = 1 / (1 + np.exp(np.clip(look.sharp * (radius - border), -30, 30)))
+    picture = _over(picture, _body(look, lesion, u, v), inside)
 
+    for _ in range(view.integers(0, 4)):  # hair
+        across = view.uniform(0, 2 * np.pi)
+        distance = (x - view.uniform(0, width)) * np.cos(across)
+        distance = distance + (y - view.uniform(0, height)) * np.sin(across)
+        picture = _over(picture, np.array([0.15, 0.10, 0.08]), np.clip(1.2 - abs(distance), 0, 0.8))
+    vignette = 1 - 0.25 * (((x / width - 0.5) ** 2 + (y / height - 0.5) ** 2) * 2)
+    light = vignette[..., None] * view.uniform(0.88, 1.08) * (1 + view.normal(0, 0.02, 3))
+    picture = picture * light + view.normal(0, 0.012, picture.shape)
+    return (np.clip(picture, 0, 1) * 255).astype(np.uint8)
+
+
+def _body(look: _Look, lesion: np.random.Generator, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Returns a lesion's colours and structures at its own coordinates, [H, W, 3]."""
     color = np.array(look.color) + lesion.normal(0, look.spread) + lesion.normal(0, 0.02, 3)
-    body = np.broadcast_to(color, picture.shape).copy()
+    body = np.broadcast_to(color, (*u.shape, 3)).copy()
     body += 0.05 * _noise(lesion, 5)[..., None]
     if look.network:
         pitch = lesion.uniform(12, 18)
@@ -152,51 +196,88 @@ def draw(dx: str, lesion_seed: list[int], view_seed: list[int]) -> np.ndarray:
         (patch,) = _spots(lesion, 1, u, v, (0.35, 0.6))
         body = _over(body, np.array([0.55, 0.60, 0.70]), look.veil * patch)
     if look.center:
-        body += look.center * lesion.uniform(0.6, 1.2) * np.exp(-((radius / 0.4) ** 2))[..., None]
+        fall = np.exp(-((np.hypot(u, v) / 0.4) ** 2))
+        body += look.center * lesion.uniform(0.6, 1.2) * fall[..., None]
     if look.scale:
         body += look.scale * np.clip(_noise(lesion, 25), 0, None)[..., None]
-    picture = _over(picture, body, inside)
-
-    for _ in range(view.integers(0, 4)):  # hair
-        across = view.uniform(0, 2 * np.pi)
-        distance = (x - view.uniform(0, width)) * np.cos(across)
-        distance = distance + (y - view.uniform(0, height)) * np.sin(across)
-        picture = _over(picture, np.array([0.15, 0.10, 0.08]), np.clip(1.2 - abs(distance), 0, 0.8))
-    vignette = 1 - 0.25 * (((x / width - 0.5) ** 2 + (y / height - 0.5) ** 2) * 2)
-    light = vignette[..., None] * view.uniform(0.88, 1.08) * (1 + view.normal(0, 0.02, 3))
-    picture = picture * light + view.normal(0, 0.012, picture.shape)
-    return (np.clip(picture, 0, 1) * 255).astype(np.uint8)
+    return body
 
 
-def _draw_all(folder: Path, num_images: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    parts = [folder / "HAM10000_images_part_1", folder / "HAM10000_images_part_2"]
-    for part in parts:
-        part.mkdir()
-    rows = []
-    # Classes take turns by their shares, so that each has its part of any number of images.
-    drawn = np.zeros(len(CLASSES))
-    number = 0
-    while len(rows) < num_images:
-        label = int(np.argmin((drawn + 0.5) / _SHARES))
+def _look_of(dx: str) -> _Look:
+    """Returns a look of its own for a class that HAM10000 does not have, derived from its name."""
+    rng = np.random.default_rng([*hashlib.sha256(dx.lower().encode()).digest()])
+    hue, strength, light = rng.uniform((0, 0.4, 0.35), (1, 0.9, 0.85))
+    structures: dict[str, Any] = {
+        "network": 0.15,
+        "dots": 10,
+        "vessels": 8,
+        "veil": 0.6,
+        "scale": 0.3,
+        "center": 0.35,
+        "lakes": 6,
+    }
+    chosen = rng.choice(list(structures), 2, replace=False).tolist()
+    return _Look(
+        colorsys.hsv_to_rgb(hue, strength, light),
+        irregular=rng.uniform(0.05, 0.3),
+        sharp=rng.uniform(5, 25),
+        **{name: structures[name] for name in chosen},
+    )
+
+
+def _turns(classes: Classes) -> Iterator[int]:
+    """Yields the label of each lesion: by their shares, so that each has its part of any number."""
+    shares = _SHARES if classes.names == HAM10000.names else np.full(len(classes), 1 / len(classes))
+    drawn = np.zeros(len(classes))
+    while True:
+        label = int(np.argmin((drawn + 0.5) / shares))
         drawn[label] += 1
-        lesion_id = f"HAM_{number:07d}"
+        yield label
+
+
+def _num_lesions(classes: Classes, per_class: int) -> int:
+    """Returns how many lesions it takes for each class to have so many."""
+    counts, turns = np.zeros(len(classes), int), _turns(classes)
+    while counts.min() < per_class:
+        counts[next(turns)] += 1
+    return int(counts.sum())
+
+
+def _plan(num_images: int, seed: int, classes: Classes) -> pd.DataFrame:
+    """Returns the table of the photographs to be drawn, a row each."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for number, label in enumerate(_turns(classes)):
+        if len(rows) >= num_images:
+            break
         age = rng.choice([np.nan, *range(20, 86, 5)])
         about = {
-            "dx": CLASSES[label],
+            "dx": classes.names[label],
             "dx_type": rng.choice(["histo", "follow_up", "consensus"]),
             "age": age,
             "sex": rng.choice(["male", "female", "unknown"], p=[0.5, 0.45, 0.05]),
             "localization": rng.choice(_SITES),
         }
-        for view in range(min(rng.integers(1, _MAX_PHOTOGRAPHS + 1), num_images - len(rows))):
-            image_id = f"ISIC_{_FIRST_ID + len(rows):07d}"
-            pixels = draw(CLASSES[label], [seed, number, 0], [seed, number, 1, view])
-            part = parts[len(rows) >= num_images // 2]
-            image.save_jpeg(pixels, part / f"{image_id}.jpg", quality=90)
-            rows.append({"lesion_id": lesion_id, "image_id": image_id, **about})
-        number += 1
-    pd.DataFrame(rows).to_csv(folder / "HAM10000_metadata.csv", index=False)
+        for _ in range(min(rng.integers(1, _MAX_PHOTOGRAPHS + 1), num_images - len(rows))):
+            ids = {
+                "lesion_id": f"HAM_{number:07d}",
+                "image_id": f"ISIC_{_FIRST_ID + len(rows):07d}",
+            }
+            rows.append({**ids, **about})
+    return pd.DataFrame(rows)
+
+
+def _draw_all(folder: Path, table: pd.DataFrame, seed: int) -> None:
+    parts = [folder / "HAM10000_images_part_1", folder / "HAM10000_images_part_2"]
+    for part in parts:
+        part.mkdir()
+    lesions = itertools.groupby(enumerate(table.itertuples()), lambda row: row[1].lesion_id)
+    for number, (_, views) in enumerate(lesions):
+        for view, (place, row) in enumerate(views):
+            pixels = draw(row.dx, [seed, number, 0], [seed, number, 1, view])
+            part = parts[place >= len(table) // 2]
+            image.save_jpeg(pixels, part / f"{row.image_id}.jpg", quality=90)
+    table.to_csv(folder / "HAM10000_metadata.csv", index=False)
 
 
 def _noise(rng: np.random.Generator, cells: int) -> np.ndarray:

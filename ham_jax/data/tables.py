@@ -1,4 +1,4 @@
-"""THE reader of small tables: whatever Excel, pandas, Dataverse or a person wrote -> texts.
+"""The only reader of small tables: whatever Excel, pandas, Dataverse or a person wrote, as texts.
 
 Metadata, splits and lists of photographs are all read here, so that a table which one of them
 takes is taken by the others, and refused in the same words.

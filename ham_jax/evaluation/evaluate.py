@@ -15,7 +15,7 @@ from ham_jax import DISCLAIMER, console, files, parallel
 from ham_jax.config import InputError
 from ham_jax.data import metadata
 from ham_jax.data import prepare as preparation
-from ham_jax.data.ham10000 import Subset
+from ham_jax.data.records import Subset
 from ham_jax.evaluation import bootstrap, calibration, isic, leakage, metrics, ood
 from ham_jax.evaluation.predictions import Predictions
 from ham_jax.inference import decision, detector
@@ -98,7 +98,7 @@ def restore_on(
     images = select(ensemble.members, datasets, split)
     (output or workdirs[0]).mkdir(parents=True, exist_ok=True)
     if ensemble.takes_metadata:
-        metadata.announce(images[0].records.table)
+        metadata.warn_unknown(images[0].records.table)
     return ensemble, datasets, images
 
 

@@ -13,7 +13,7 @@ from ham_jax import classes as diagnoses
 from ham_jax import escape, files, reading
 from ham_jax.classes import Classes
 from ham_jax.config import InputError
-from ham_jax.data.ham10000 import Subset
+from ham_jax.data.records import Subset
 
 METADATA = ("age", "sex", "localization", "dx_type")
 """What a predictions file tells of an image beside its truth. `dx_type`, how the truth was found,

@@ -11,7 +11,7 @@ import pandas as pd
 from jax.sharding import PartitionSpec
 
 from ham_jax import DISCLAIMER, console, files, parallel
-from ham_jax.data.ham10000 import Subset
+from ham_jax.data.records import Subset
 from ham_jax.evaluation import bootstrap, corruptions, evaluate, metrics
 from ham_jax.evaluation.predictions import Predictions
 from ham_jax.model import Ensemble, Model, normalised

@@ -56,7 +56,11 @@ def faults(config: ml_collections.ConfigDict) -> list[str]:
     except InputError as error:
         return error.faults
     sides = [("augment.crop_px", config.augment.crop_px)]
-    sides += [("augment.progressive", px) for _, px in config.augment.progressive]
+    sides += [
+        ("augment.progressive", entry[-1])
+        for entry in config.augment.progressive
+        if isinstance(entry, tuple) and entry and isinstance(entry[-1], int)  # config says the rest
+    ]
     return [
         f"{key} = {px} is too small for {name}: set {min_px} or more."
         for key, px in sides

@@ -11,7 +11,7 @@ import numpy as np
 from ham_jax import checkpoints, console, parallel
 from ham_jax.config import InputError
 from ham_jax.data import prepare as preparation
-from ham_jax.data.ham10000 import Records, Subset
+from ham_jax.data.records import Records, Subset
 from ham_jax.evaluation import calibration, evaluate, leakage, predictions
 from ham_jax.evaluation.predictions import Predictions
 from ham_jax.inference.decision import Calibrated

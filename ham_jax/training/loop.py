@@ -17,7 +17,7 @@ from ham_jax import config as configuration
 from ham_jax.config import InputError
 from ham_jax.data import feed, metadata, splits
 from ham_jax.data import prepare as preparation
-from ham_jax.data.ham10000 import Subset
+from ham_jax.data.records import Subset
 from ham_jax.evaluation import evaluate, leakage, metrics
 from ham_jax.evaluation.predictions import Predictions
 from ham_jax.model import Model, judged_weights
@@ -225,7 +225,7 @@ def _prepared(
     if weights:
         leakage.refuse_trained_on(config.model.pretrained, data.held_out(), "model.pretrained")
     if model.takes_metadata:
-        metadata.announce(data.records.table)
+        metadata.warn_unknown(data.records.table)
     plan = Plan.of(config, len(images))
     schedule = optim.schedule(config.optim, plan.warmup_steps, plan.num_steps)
     params = jax.eval_shape(lambda: network.init(config.seed)[0])
@@ -254,12 +254,12 @@ def _resumed(run: Run, saved: checkpoints.Checkpoints, state: step.State) -> ste
             " it the same ones, or choose another --workdir."
         )
     split_file = workdir / checkpoints.SPLIT
-    num_moved = 0  # also for runs of an earlier version, which have no such file
+    num_changed = 0  # also for runs of an earlier version, which have no such file
     if split_file.exists():
-        num_moved = splits.moved(split_file, records.table, run.data.split).sum()
-    if num_moved:
+        num_changed = splits.changed_split(split_file, records.table, run.data.split).sum()
+    if num_changed:
         raise InputError(
-            f"--workdir={workdir} was trained with {num_moved} images in another split than now:"
+            f"--workdir={workdir} was trained with {num_changed} images in another split than now:"
             f" its training and validation would mix. {split_file} says who was where; restore"
             " that split, or choose another --workdir."
         )

@@ -14,8 +14,8 @@ from ham_jax import DISCLAIMER, config, escape, parallel
 from ham_jax.classes import HAM10000
 from ham_jax.commands import predict
 from ham_jax.config import InputError
-from ham_jax.data import ham10000
 from ham_jax.data import image as image_files
+from ham_jax.data import records
 from ham_jax.evaluation import calibration, evaluate, predictions
 from ham_jax.inference import calibrator
 from ham_jax.training import loop
@@ -189,7 +189,7 @@ def test_metadata_count_where_the_network_takes_them_and_only_there(
     judged = predictions.read(trained_with_metadata / "predictions.csv")
     ids, evaluated = judged.image_ids, judged.probabilities
     files = {p.stem: p for p in tiny_raw.rglob("*.jpg")}
-    about = ham10000.open_records(tiny_records).table.set_index("image_id").loc[ids]
+    about = records.open_records(tiny_records).table.set_index("image_id").loc[ids]
     about = about[["age", "sex", "localization"]].assign(path=[files[i] for i in ids])
 
     def probabilities(workdir, table):

@@ -13,8 +13,8 @@ import pytest
 
 from ham_jax import parallel
 from ham_jax.config import InputError
-from ham_jax.data import feed, ham10000
-from ham_jax.data.ham10000 import Subset
+from ham_jax.data import feed
+from ham_jax.data.records import Subset, open_records
 
 ROWS = np.arange(100, 137)
 
@@ -49,7 +49,7 @@ def test_class_balanced_draws_classes_evenly_and_images_of_their_class():
 
 @pytest.fixture(scope="module")
 def records(tiny_records):
-    return ham10000.open_records(tiny_records)
+    return open_records(tiny_records)
 
 
 def single(steps):
@@ -81,7 +81,7 @@ def test_damaged_records_are_named_by_either_feed(kind, tiny_records, tmp_path):
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 1
     path.write_bytes(content)
-    records = ham10000.open_records(folder)
+    records = open_records(folder)
     rows = np.arange(len(records.table))
     order, mesh = feed.shuffled(rows, 8, 0), parallel.mesh()
     with pytest.raises(InputError, match="records are damaged"):
@@ -144,17 +144,18 @@ WORKER = textwrap.dedent("""
     import sys
     import numpy as np
     from ham_jax import parallel
-    from ham_jax.data import feed, ham10000
+    from ham_jax.data import feed
+    from ham_jax.data.records import Subset, open_records
 
     folder, out = sys.argv[1:]
     parallel.initialize()
     import jax
-    records = ham10000.open_records(folder)
+    records = open_records(folder)
     rows = np.arange(len(records.table))
     order = feed.shuffled(rows, 8, seed=5)
     for kind in ("stream", "resident"):
         calls = [range(n, n + 1) for n in range(2, 5)]
-        images = ham10000.Subset(records, rows)
+        images = Subset(records, rows)
         batches = feed.batches(kind, images, order, calls, parallel.mesh())
         for step, batch in enumerate(batches):
             for name, array in batch.items():

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ham_jax.config import InputError
-from ham_jax.data import folders, ham10000, image, photographs
+from ham_jax.data import folders, image, layouts, photographs, records
 
 BYTES = os.fsdecode(b"\xff\xfe.jpg")
 
@@ -237,13 +237,13 @@ def test_data_folders_leave_out_the_same_and_name_what_is_broken(tmp_path):
         image.save_jpeg(pixels, tmp_path / f"{name}.jpg", 90)
     rows = ["image_id,lesion_id,dx", "=1+1,-L1,mel", "b,@L2,nv"]
     (tmp_path / "labels.csv").write_text("\n".join(rows))
-    raw = ham10000.find(tmp_path, allow_partial=True)
+    raw = layouts.find(tmp_path, allow_partial=True)
     assert raw.table["lesion_id"].tolist() == ["-L1", "@L2"]
-    folder = ham10000.prepare(
+    folder = records.prepare(
         tmp_path, (24, 32), tmp_path / "out", allow_partial=True, num_workers=1
     )
     assert "'=1+1" in (folder / "records.csv").read_text()
-    table = ham10000.open_records(folder).table
+    table = records.open_records(folder).table
     assert table["image_id"].tolist() == ["=1+1", "b"]
     assert table["lesion_id"].tolist() == ["-L1", "@L2"]
 
@@ -251,7 +251,7 @@ def test_data_folders_leave_out_the_same_and_name_what_is_broken(tmp_path):
     os.mkfifo(tmp_path / "more.csv")
     (tmp_path / "labels.csv").write_text("\n".join([*rows, "b\x1b[2J,L3,nv"]))
     with pytest.raises(InputError) as refused:
-        ham10000.find(tmp_path, allow_partial=True)
+        layouts.find(tmp_path, allow_partial=True)
     told = [r"c.jpg: a link that leads nowhere", "more.csv: a pipe", r"line 4: image_id 'b\x1b[2J'"]
     for part in told:
         assert part in str(refused.value)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ham_jax import CLASSES, config
+from ham_jax import config
+from ham_jax.classes import HAM10000
 from ham_jax.data import splits
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -19,7 +20,7 @@ def lesions_table(lesions_per_class, images_per_lesion=(1, 2, 3)):
     """One row an image; lesion i has images_per_lesion[i % len] of them."""
     rows = [
         (f"ISIC_{dx}_{i}_{j}", f"HAM_{dx}_{i}", dx)
-        for dx, num_lesions in zip(CLASSES, lesions_per_class, strict=True)
+        for dx, num_lesions in zip(HAM10000, lesions_per_class, strict=True)
         for i in range(num_lesions)
         for j in range(images_per_lesion[i % len(images_per_lesion)])
     ]
@@ -80,7 +81,7 @@ def test_ids_that_look_like_formulas_come_back(tmp_path):
     splits.write_csv(path, table, wanted)
     assert all(line.startswith(("image_id", "'")) for line in path.read_text().splitlines())
     np.testing.assert_array_equal(splits.trained_on(path, table), wanted == "train")
-    assert not splits.moved(path, table, wanted).any()
+    assert not splits.changed_split(path, table, wanted).any()
     given = splits.assign(table, data_config(split_csv=str(path)), seed=0)
     np.testing.assert_array_equal(given, wanted)
 
@@ -191,7 +192,7 @@ def test_audit_finds_every_kind_of_leak(tmp_path):
         {"image_id": ["T1", "T2"], "lesion_id": ["", ""], "dx": "nv", "file_sha256": ["", "hash 0"]}
     )
 
-    clean = splits.audit(table, split)
+    clean = splits.audit(table, split, HAM10000)
     assert clean.shared_lesions == ()
     assert list(clean.counts.columns) == [
         "train_images",
@@ -207,12 +208,12 @@ def test_audit_finds_every_kind_of_leak(tmp_path):
     assert clean.duplicate_files == ((("ISIC_akiec_1_0", "train"), ("ISIC_akiec_1_1", "train")),)
 
     assert "across splits: none" in clean.text()
-    unhashed = splits.audit(table.drop(columns="file_sha256"), split)
+    unhashed = splits.audit(table.drop(columns="file_sha256"), split, HAM10000)
     assert unhashed.duplicate_files is None
     assert "not looked for" in unhashed.text()
 
     split[2] = "val"
-    found = splits.audit(table, split, test_table)
+    found = splits.audit(table, split, HAM10000, test_table)
     assert found.shared_lesions == ("HAM_akiec_1",)
     assert found.counts.loc["nv", ["test_images", "test_lesions"]].tolist() == [2, 2]
     assert (("ISIC_akiec_0_0", "val"), ("T2", "test")) in found.duplicate_files
@@ -235,7 +236,7 @@ def test_the_published_metadata_split_cleanly():
         pytest.skip("no HAM10000: set HAM_JAX_DATA to the folder that holds ham10000/")
     table = pd.read_csv(path)
     check_folds(table, splits.folds(table, 5, 0), 5)
-    audit = splits.audit(table, splits.assign(table, config.base().data, seed=0))
+    audit = splits.audit(table, splits.assign(table, config.base().data, seed=0), HAM10000)
     assert audit.shared_lesions == ()
     assert audit.counts.loc["df"].tolist()[1::2] == [58, 15]  # of 73 lesions
     images, lesions = audit.counts.filter(like="_images"), audit.counts.filter(like="_lesions")

@@ -1,5 +1,7 @@
 """The embedded default's data look like HAM10000 on disk, and can be learnt but not at a glance."""
 
+import hashlib
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,9 +9,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
-from ham_jax import CLASSES
+from ham_jax.classes import HAM10000, Classes
 from ham_jax.config import InputError
-from ham_jax.data import ham10000, image, synthetic
+from ham_jax.data import image, layouts, synthetic
 
 
 def test_the_layout_is_hams_own(tiny_raw):
@@ -18,8 +20,8 @@ def test_the_layout_is_hams_own(tiny_raw):
     assert len(table) == 200
     assert table.groupby("lesion_id")["dx"].nunique().max() == 1
     assert table["lesion_id"].nunique() < 200
-    assert table.drop_duplicates("lesion_id")["dx"].value_counts()[list(CLASSES)].min() >= 7
-    assert len(ham10000.find(tiny_raw, allow_partial=True).sources) == 200
+    assert table.drop_duplicates("lesion_id")["dx"].value_counts()[list(HAM10000)].min() >= 7
+    assert len(layouts.find(tiny_raw, allow_partial=True).sources) == 200
 
 
 def test_the_same_numbers_draw_the_same_files_and_are_drawn_once(tiny_raw, tmp_path):
@@ -41,7 +43,7 @@ def test_the_same_numbers_draw_the_same_files_and_are_drawn_once(tiny_raw, tmp_p
 
 
 def test_mean_colours_tell_something_but_not_everything(tiny_raw):
-    raw = ham10000.find(tiny_raw, allow_partial=True)
+    raw = layouts.find(tiny_raw, allow_partial=True)
     pixels = np.stack([image.load(source, (24, 32)) for source in raw.sources])
     colors = pixels[:, 6:18, 8:24].mean((1, 2)) / 255
     answers = cross_val_predict(
@@ -53,3 +55,25 @@ def test_mean_colours_tell_something_but_not_everything(tiny_raw):
     )
     score = balanced_accuracy_score(raw.table["label"], answers)
     assert 0.25 < score < 0.85  # chance is 0.14
+
+
+def test_hams_classes_look_as_ever_in_any_case():
+    drawn = b"".join(synthetic.draw(dx.upper(), [0, 1], [2]).tobytes() for dx in HAM10000)
+    assert hashlib.sha256(drawn).hexdigest()[:16] == "f425382a6bbf2d9e"
+
+
+def test_other_classes_have_looks_of_their_own_and_equal_shares(tmp_path):
+    classes = Classes(tuple(f"kind {n}" for n in range(12)))
+    synthetic.write(tmp_path / "raw", 96, 0, classes)
+    raw = layouts.find(tmp_path / "raw", classes, allow_partial=True)
+    lesions = raw.table.drop_duplicates("lesion_id")["dx"].value_counts()
+    assert lesions.max() - lesions.min() <= 1
+    middles = [image.load(source, (120, 160))[45:75, 60:100] / 255 for source in raw.sources]
+    answers = cross_val_predict(
+        LogisticRegression(C=1000.0, max_iter=5000),
+        np.stack([(*pixels.mean((0, 1)), *pixels.std((0, 1))) for pixels in middles]),
+        raw.table["label"],
+        groups=raw.table["lesion_id"],
+        cv=GroupKFold(4),
+    )
+    assert balanced_accuracy_score(raw.table["label"], answers) > 0.6  # chance is 0.08
