@@ -28,7 +28,12 @@ JOB = {
 }
 
 
-ALONE = {"cluster_detection_method": "deactivate"}  # Slurm's variables may be set too
+SECOND = {  # what JAX is told
+    "coordinator_address": "127.0.0.1:1",
+    "num_processes": 2,
+    "process_id": 1,
+    "cluster_detection_method": "deactivate",  # Slurm's variables may be set too
+}
 
 
 @pytest.fixture
@@ -49,7 +54,7 @@ def joined(monkeypatch):
         if name.startswith(others):
             monkeypatch.delenv(name)
     calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append((a, k)))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: calls.append(options))
     return calls
 
 
@@ -57,18 +62,15 @@ def joined(monkeypatch):
     ("variables", "call"),
     [
         ({}, None),
-        (JOB, (("127.0.0.1:1", 2, 1), ALONE | {"local_device_ids": None})),
-        (
-            JOB | {"HAM_JAX_GPUS_PER_PROCESS": "3"},
-            (("127.0.0.1:1", 2, 1), ALONE | {"local_device_ids": [3, 4, 5]}),
-        ),
+        (JOB, SECOND | {"local_device_ids": None}),
+        (JOB | {"HAM_JAX_GPUS_PER_PROCESS": "3"}, SECOND | {"local_device_ids": [3, 4, 5]}),
         (
             {"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},
-            ((), {"local_device_ids": None}),
+            {"local_device_ids": None},
         ),
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),  # a batch script, without srun
         ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, ((), {"local_device_ids": None})),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, {"local_device_ids": None}),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
     ],
 )
@@ -101,7 +103,7 @@ def test_a_slurm_task_takes_its_share_of_the_gpus(
     if on_node:
         monkeypatch.setenv("SLURM_GPUS_ON_NODE", on_node)
     parallel.initialize()
-    assert joined == [((), {"local_device_ids": own})]
+    assert joined == [{"local_device_ids": own}]
 
 
 def test_more_slurm_tasks_than_gpus_are_refused(joined, monkeypatch):

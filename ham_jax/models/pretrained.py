@@ -302,7 +302,7 @@ def convert(
     }
     wrong, broken = {}, {}
     for path, name in names.items():
-        if name in tensors:
+        if name is not None and name in tensors:
             value = _as_ours(tensors[name], len(likes[path].shape), own=path == name)
             values[path] = value
             if value.shape != likes[path].shape:
@@ -321,7 +321,7 @@ def convert(
             there, here = values.pop(path).shape[-1], likes[path].shape[-1]
             other = f"{there} classes" if there != here else "other features"
             left[names[path]] = f"its head is of {other}"
-    taken = {name for path, name in names.items() if path in values and name in tensors}
+    taken = {name for path, name in names.items() if name and path in values and name in tensors}
     for name in tensors:
         if name not in taken and re.fullmatch(_UNUSED, name):
             left[name] = "nothing here needs it"
