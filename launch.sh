@@ -314,6 +314,8 @@ case "${1:-}" in
     cd "$root"
     "$venv/bin/ruff" check .
     "$venv/bin/ruff" format --check .
+    # It would ask PyPI for a newer version of itself.
+    PYRIGHT_PYTHON_IGNORE_WARNINGS=1 "$venv/bin/pyright" --pythonpath "$venv/bin/python"
     # By file: tests of a file share what they trained. `-n 0` runs them in one process.
     JAX_PLATFORMS=cpu exec "$venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
     ;;

@@ -193,7 +193,7 @@ class Checkpoints:
           InputError: there is no such step, or it was damaged since the folder was opened.
         """
         step = self.latest() if step is None else step
-        whole = parallel.is_main() and _is_whole(self._workdir, step)
+        whole = step is not None and parallel.is_main() and _is_whole(self._workdir, step)
         if not parallel.broadcast(int(whole)):
             raise InputError(
                 f"{self._folder} holds no whole checkpoint of step {step}. Start the same command"

@@ -2,7 +2,6 @@
 
 import csv
 import re
-import types
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -54,15 +53,15 @@ def plain(value: Any) -> Any:
 
 def csv_text(rows: Iterable[Sequence[Any]]) -> str:
     r"""Returns rows as CSV with `\n` at the ends, each value as `cell`."""
-    written: list[str] = []
-
-    def write(line: str) -> None:
-        written.append(line.removesuffix("\r\n") + "\n")
-
+    lines = _Lines()
     # The csv module quotes a carriage return in a value only where it is also a line's end.
-    writer = csv.writer(types.SimpleNamespace(write=write), lineterminator="\r\n")
-    writer.writerows(map(cell, row) for row in rows)
-    return "".join(written)
+    csv.writer(lines, lineterminator="\r\n").writerows(map(cell, row) for row in rows)
+    return "".join(lines)
+
+
+class _Lines(list[str]):
+    def write(self, line: str) -> None:
+        self.append(line.removesuffix("\r\n") + "\n")
 
 
 def _visible(character: str) -> str:

@@ -100,17 +100,18 @@ def initialize() -> None:
         return
     if job.number == 0 and job.coordinator:
         _claim_port(job.coordinator)
-    known = (job.coordinator, job.count, job.number) if job.method == "deactivate" else ()
     options: dict[str, Any] = {"local_device_ids": job.local_devices}
     if job.method:
         options["cluster_detection_method"] = job.method
-    if job.coordinator and not known:
+    if job.coordinator:
         options["coordinator_address"] = job.coordinator
+    if job.method == "deactivate":
+        options |= {"num_processes": job.count, "process_id": job.number}
     waiting = threading.Timer(_WAITING_S, _say_waiting, [job])
     waiting.daemon = True
     waiting.start()
     try:
-        jax.distributed.initialize(*known, **options)
+        jax.distributed.initialize(**options)
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(
             f"This process could not join its job of {job.count} processes:"
@@ -164,14 +165,16 @@ def _claim_port(coordinator: str) -> None:
 def _check_members(job: Job) -> None:
     """Raises InputError on both sides where processes of two jobs have met."""
     state, token = distributed.global_state, job.token
+    client = state.client
+    assert client is not None  # JAX is initialized
     if state.num_processes != job.count:
         raise InputError(
             f"JAX joined a job of {state.num_processes} processes, but {token} has {job.count}: set"
             f" {', '.join(_JOB_VARIABLES)}. {_ALONE}"
         )
-    state.client.key_value_set(f"ham_jax/job/{state.process_id}", token)
+    client.key_value_set(f"ham_jax/job/{state.process_id}", token)
     for number in range(state.num_processes) if state.process_id == 0 else [0]:
-        other = state.client.blocking_key_value_get(f"ham_jax/job/{number}", 60_000)
+        other = client.blocking_key_value_get(f"ham_jax/job/{number}", 60_000)
         if other != token:
             raise InputError(
                 f"Process {number} that answers at {state.coordinator_address} belongs to another"

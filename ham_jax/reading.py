@@ -31,6 +31,7 @@ _FREE_BYTES = 64 << 20  # whatever the ratio: an array of zeros is no attack
 _CHUNK_BYTES = 1 << 20
 _PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile unpacks others without a limit
 _MAX_HEADER_BYTES = 10_000  # of an array, numpy's own limit
+_ZIPFILE: Any = zipfile  # with what it does not document, which type checkers do not know
 
 
 def open_regular(path: str | os.PathLike) -> IO[bytes]:
@@ -107,10 +108,10 @@ def open_zip(path: str | os.PathLike) -> zipfile.ZipFile:
 
 def _check_directory(file: IO[bytes]) -> None:
     """Counts the members before zipfile makes an object for each."""
-    end = zipfile._EndRecData(file)
+    end = _ZIPFILE._EndRecData(file)
     if not end:
         raise zipfile.BadZipFile("File is not a zip file")
-    size, place = end[zipfile._ECD_SIZE], end[zipfile._ECD_LOCATION]
+    size, place = end[_ZIPFILE._ECD_SIZE], end[_ZIPFILE._ECD_LOCATION]
     if size <= _MAX_DIRECTORY_BYTES:
         # Between the list and its end there may be the two records of zip64.
         file.seek(max(0, place - size - 76))
@@ -129,7 +130,7 @@ def check_sizes(members: list[zipfile.ZipInfo], max_bytes: int) -> None:
     if closed := next((m for m in members if m.flag_bits & 1), None):
         raise OSError(f"{closed.filename!r:.200} is encrypted")
     if odd := next((m for m in members if m.compress_type not in _PACKINGS), None):
-        kind = zipfile.compressor_names.get(odd.compress_type, odd.compress_type)
+        kind = _ZIPFILE.compressor_names.get(odd.compress_type, odd.compress_type)
         raise OSError(f"{odd.filename!r:.200} is packed by {kind}; deflate is what is read")
     size, packed = (sum(getattr(m, key) for m in members) for key in ("file_size", "compress_size"))
     if size > max_bytes:

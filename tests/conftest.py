@@ -16,10 +16,54 @@ import pytest  # noqa: E402
 # The longest files, which start first, so that no process waits for the other's last one.
 _LONGEST = ("test_slurm", "test_loop", "test_predict", "test_crossval", "test_records")
 
+# Files, and single tests of others, that train, compile networks, start processes or try a
+# thousand cases. All other tests are `fast`.
+_SLOW = {
+    *_LONGEST,
+    *("test_checkpoints", "test_launch", "test_main", "test_parallel"),
+    *("test_feed", "test_preprocess"),
+    *("test_calibration", "test_corruptions", "test_explain", "test_judgement", "test_report"),
+    *("test_robustness", "test_subgroups"),
+    *("test_classifier", "test_conv", "test_convnext", "test_efficientnet", "test_resnet"),
+    *("test_pretrained", "test_augment", "test_step"),
+    "test_any_text_for_any_key_is_set_or_refused_never_a_crash",
+    "test_a_thousand_submissions_score_as_the_official_scorer_scored_them",
+}
+_FAST_S = 10  # of processor time, with what is compiled, that a fast test may take
 
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     order = {name: number for number, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    for item in items:
+        if not _SLOW & {item.path.stem, item.originalname}:
+            item.add_marker(pytest.mark.fast)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Fails a fast test that has become slow."""
+    before = sum(os.times()[:4])
+    result = yield
+    spent = sum(os.times()[:4]) - before
+    if item.get_closest_marker("fast") and spent > _FAST_S:
+        pytest.fail(
+            f"It took {spent:.0f} s of processor time: make it smaller, or name it or its file"
+            " among the slow ones in tests/conftest.py."
+        )
+    return result
+
+
+@pytest.fixture(scope="module")
+def small_resnet18():
+    """Makes resnet18 two narrow stages of one block: it compiles in a third of the time."""
+    from ham_jax.models import resnet
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resnet, "_WIDTHS", (16, 32))
+        patch.setitem(resnet.DEPTHS, "resnet18", (1, 1))
+        yield
 
 
 @pytest.fixture(scope="session")

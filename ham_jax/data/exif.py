@@ -118,8 +118,8 @@ class _Directory:
             own = data[place : place + size]
             if len(own) < size:
                 break
-            entry = struct.unpack_from(end + ("HHQ" if big else "HHI"), own)
-            entries.append(_Entry(*entry, place + size - (8 if big else 4), own))
+            tag, kind, number = struct.unpack_from(end + ("HHQ" if big else "HHI"), own)
+            entries.append(_Entry(tag, kind, number, place + size - (8 if big else 4), own))
         return cls(end, big, start, entries)
 
     def values(self, data: bytes, tag: int) -> tuple[int, bytes]:
@@ -143,7 +143,7 @@ class _Directory:
 
 
 def _orientation(found: _Directory, data: bytes) -> int | None:
-    value = next(iter(found.numbers(data, _ORIENTATION)), None)
+    value = next(iter(found.numbers(data, _ORIENTATION)), 0)
     return int(value) if value in range(1, 9) else None
 
 

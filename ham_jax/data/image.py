@@ -23,6 +23,7 @@ import pillow_heif
 from PIL import (
     AvifImagePlugin,  # noqa: F401  (importing a format's plugin makes it known to Image.open)
     Image,
+    ImageFile,
     Jpeg2KImagePlugin,  # noqa: F401
     TiffImagePlugin,
     WebPImagePlugin,  # noqa: F401
@@ -269,7 +270,8 @@ def _decoded(data: bytes, canvas: tuple[int, int] | None = None) -> Image.Image:
             # With so many pixels to spare the result is within a grey level (51 dB) of scaling
             # the whole picture. Long side goes to long side, before and after the turns.
             scale = max(min(canvas) / min(image.size), max(canvas) / max(image.size))
-            image.draft(None, tuple(math.ceil(side * scale * _SPARE) for side in image.size))
+            width, height = (math.ceil(side * scale * _SPARE) for side in image.size)
+            image.draft(None, (width, height))
         turn = file.orientation or _orientation(image.info)
         profile = image.info.get("icc_profile")
         if not profile and file.primaries == exif.DISPLAY_P3:
@@ -278,7 +280,7 @@ def _decoded(data: bytes, canvas: tuple[int, int] | None = None) -> Image.Image:
     return picture.transpose(_TURNS[turn]) if turn in _TURNS else picture
 
 
-def _opened(data: bytes) -> Image.Image:
+def _opened(data: bytes) -> ImageFile.ImageFile:
     try:
         return Image.open(io.BytesIO(data), formats=tuple(_FORMATS))
     except Image.UnidentifiedImageError as error:
@@ -327,7 +329,7 @@ def _dicom(data: bytes) -> Image.Image:
     )
 
 
-def _eight_bit_image(image: Image.Image, file: exif.Photograph) -> Image.Image:
+def _eight_bit_image(image: ImageFile.ImageFile, file: exif.Photograph) -> Image.Image:
     """Scales what has more than 8 bits; Pillow alone would clip greys and cut colours off."""
     samples, ends = file.samples, None
     signed = samples.get(339, ())[:1] == (2,)  # SampleFormat
@@ -353,7 +355,7 @@ def _eight_bit_image(image: Image.Image, file: exif.Photograph) -> Image.Image:
 
 
 def _eight_bit_colours(
-    image: Image.Image, file: exif.Photograph, ends: tuple[float, float] | None
+    image: ImageFile.ImageFile, file: exif.Photograph, ends: tuple[float, float] | None
 ) -> Image.Image:
     """Scales colours of 16 bits, of which Pillow reads the upper 8 or, told so, the lower."""
     tiles = list(image.tile)
@@ -371,15 +373,16 @@ def _eight_bit_colours(
     return Image.fromarray(np.dstack([*parts, _eight_bits(alpha, 16)] if alpha.size else parts))
 
 
-def _other_byte(tile: tuple) -> tuple:
+def _other_byte(tile: ImageFile._Tile) -> ImageFile._Tile:
     """Returns a tile of Pillow's with the order of its samples' two bytes reversed."""
-    args = (tile[3],) if isinstance(tile[3], str) else tile[3]
+    told = tile.args
+    args = told if isinstance(told, tuple) else (str(told),)
     coding, order = args[0][:-1], args[0][-1]
     if coding not in ("RGB;16", "RGBA;16", "RGBX;16"):
         raise ImageError(_FEW_BITS)
     little = order == "L" or (order == "N" and sys.byteorder == "little")
     args = (coding + ("B" if little else "L"), *args[1:])
-    return tile._replace(args=args[0] if isinstance(tile[3], str) else args)
+    return tile._replace(args=args if isinstance(told, tuple) else args[0])
 
 
 def _held(ends: tuple[float, float] | None, values: np.ndarray) -> tuple[float, float] | None:

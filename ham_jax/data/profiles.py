@@ -1,7 +1,6 @@
 """Colour profiles: the colours that a camera meant, in sRGB."""
 
 import functools
-import io
 import struct
 
 import numpy as np
@@ -17,13 +16,13 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """
     mode, transform = _transform(profile) if profile else (None, None)
     if transform and mode == "CMYK" == image.mode:
-        return ImageCms.applyTransform(image, transform)
+        return transform.apply(image)
     grey = image.mode in ("1", "L", "LA", "La")
     image = _rgb(image)
     if transform and mode == "RGB":
-        return ImageCms.applyTransform(image, transform)
+        return transform.apply(image)
     if transform and mode == "L" and grey:
-        return ImageCms.applyTransform(image.convert("L"), transform)
+        return transform.apply(image.convert("L"))
     return image
 
 
@@ -45,8 +44,8 @@ def _transform(profile: bytes) -> tuple[str | None, ImageCms.ImageCmsTransform |
     perceptual intent would shift them all in a way that is each profile maker's own.
     """
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space.strip()]
+        source = ImageCms.core.profile_frombytes(profile)
+        mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.xcolor_space.strip()]
         transform = ImageCms.buildTransform(
             source,
             ImageCms.createProfile("sRGB"),
@@ -57,9 +56,9 @@ def _transform(profile: bytes) -> tuple[str | None, ImageCms.ImageCmsTransform |
             ImageCms.Flags.BLACKPOINTCOMPENSATION
             | (ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE),
         )
-        colours = np.stack(np.meshgrid(*[np.arange(0, 256, 15, np.uint8)] * 3), -1)
+        colours = np.stack(np.meshgrid(*[np.arange(0, 256, 15, dtype=np.uint8)] * 3), -1)
         probe = Image.fromarray(colours.reshape(1, -1, 3)).convert(mode)
-        after = ImageCms.applyTransform(probe, transform)
+        after = transform.apply(probe)
     # The profile of a good picture may be damaged in any way: then it is as if there were none.
     except Exception:
         return None, None

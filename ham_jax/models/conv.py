@@ -403,7 +403,9 @@ def max_pool(x: jax.Array, size: int, stride: int, padding: int) -> jax.Array:
     CPU, and goes to one of them elsewhere.
     """
     if not _on_cpu():
-        return nnx.max_pool(x, (size, size), (stride, stride), ((padding, padding),) * 2)
+        pads = ((padding, padding), (padding, padding))
+        # Flax does not annotate it; its default is a string.
+        return nnx.max_pool(x, (size, size), (stride, stride), pads)  # pyright: ignore[reportArgumentType]
     pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     x = jnp.pad(x, pads, constant_values=-jnp.inf)
     for axis in (1, 2):
@@ -473,9 +475,10 @@ class Conv(nnx.Module):
         """
         window, strides = (self.size, self.size), (self.stride, self.stride)
         if self.same:
-            pads = tuple(lax.padtype_to_pads(x.shape[1:3], window, strides, "SAME"))
+            of_rows, of_columns = lax.padtype_to_pads(x.shape[1:3], window, strides, "SAME")
         else:
-            pads = ((self.size // 2 * (self.size % 2),) * 2,) * 2
+            half = self.size // 2 * (self.size % 2)
+            of_rows = of_columns = (half, half)
         kernel = self.kernel[...].astype(self.dtype)
-        y = conv(x.astype(self.dtype), kernel, self.stride, pads, self.groups)
+        y = conv(x.astype(self.dtype), kernel, self.stride, (of_rows, of_columns), self.groups)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)

@@ -15,6 +15,9 @@ class Norm(nnx.BatchNorm):
     and what XLA makes of its gradient reads the map more often than need be.
     """
 
+    scale: nnx.Param  # nnx.BatchNorm's may be None
+    bias: nnx.Param
+
     def __init__(self, num_channels, *, epsilon=1e-5, zero=False, rngs: nnx.Rngs):
         scale = nnx.initializers.zeros_init() if zero else nnx.initializers.ones_init()
         super().__init__(num_channels, momentum=0.9, epsilon=epsilon, scale_init=scale, rngs=rngs)

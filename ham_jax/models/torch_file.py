@@ -17,7 +17,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, ClassVar, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -140,9 +140,20 @@ class _Unpickler(pickle._Unpickler):
     parts than there are atoms: nothing here hashes, compares or prints one.
     """
 
-    dispatch = dict.fromkeys(pickle._Unpickler.dispatch, _unknown) | {
-        getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]]
-        for name in _OPCODES.split()
+    # Of the class above, for type checkers, which know only what pickle documents.
+    stack: list[Any]
+    memo: dict[int, Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+    read: Callable[[int], bytes]
+    readline: Callable[[], bytes]
+
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = {
+        **dict.fromkeys(pickle._Unpickler.dispatch, _unknown),
+        **{
+            getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]]
+            for name in _OPCODES.split()
+        },
     }
 
     def __init__(self, file: IO[bytes], path: Path):
