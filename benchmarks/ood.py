@@ -86,7 +86,8 @@ def main():
     parallel.compile_cache()
     mesh = parallel.mesh()
     run = model.restore(parser.parse_args().workdir, [], mesh).with_detector()
-    if run.detector is None:
+    detector = run.detector
+    if detector is None:
         return
 
     def score(pictures):
@@ -95,10 +96,10 @@ def main():
             files.append(io.BytesIO())
             Image.fromarray(pixels).save(files[-1], "PNG")
         decoded = [image_files.load(file.getvalue(), run.canvas) for file in files]
-        return run.detector.score(run.features(np.stack(decoded)))
+        return detector.score(run.features(np.stack(decoded)))
 
     images = prepare.prepare(run.config).select("val")
-    lesions = run.detector.score(run.features(images))
+    lesions = detector.score(run.features(images))
     rng = np.random.default_rng(0)
     kinds = {
         "photographs": score(crops(rng, PHOTOGRAPHS, CROPS)),

@@ -132,7 +132,7 @@ def look(browser: Browser, page: str, width: int, height: int, scheme: str) -> t
 def main(argv: list[str]) -> int:
     """Returns the exit code: 0, 1 where something is wrong, 2 for wrong input."""
     if len(argv) != 2 or not Path(argv[0]).is_file():
-        print(__doc__.splitlines()[0], file=sys.stderr)
+        print((__doc__ or "").splitlines()[0], file=sys.stderr)
         return 2
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
     if program is None:

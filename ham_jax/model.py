@@ -429,20 +429,16 @@ class Ensemble:
     ) -> Answers:
         """Returns the answers of raw probabilities float64 [members, n, C]."""
         read = np.setdiff1d(np.arange(raw.shape[1]), list(errors))
-        calibrated = [
-            member.calibrator and member.calibrator.apply(member.config.eval.calibration, of_member)
-            for member, of_member in zip(self.members, raw[:, read], strict=True)
-        ]
-        together, probabilities = None, raw.mean(0)
-        if None in calibrated:
-            each = [
-                of_member.probabilities if of_member else as_it_is
-                for of_member, as_it_is in zip(calibrated, raw[:, read], strict=True)
-            ]
-            probabilities[read] = np.mean(each, axis=0)
-        else:
-            together = decision.mean(calibrated)
-            probabilities[read] = together.probabilities
+        calibrated, each = [], []
+        for member, of_member in zip(self.members, raw[:, read], strict=True):
+            if member.calibrator:
+                method = member.config.eval.calibration
+                calibrated.append(member.calibrator.apply(method, of_member))
+                of_member = calibrated[-1].probabilities
+            each.append(of_member)
+        probabilities = raw.mean(0)
+        probabilities[read] = np.mean(each, axis=0)
+        together = decision.mean(calibrated) if len(calibrated) == len(each) else None
         return Answers(self.classes, probabilities, together, ood_scores, errors)
 
 

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 # Of each severity, mild to severe, the one number that makes it; lengths: see above.
 SEVERITIES = {
@@ -135,7 +136,8 @@ def jpeg(key: jax.Array, image: jax.Array, quality: jax.Array) -> jax.Array:
 
 
 def _colors(image: jax.Array, weights: np.ndarray) -> jax.Array:
-    return sum(image[..., c] * float(weights[c]) for c in range(3))
+    first, second, third = (image[..., c] * float(weights[c]) for c in range(3))
+    return first + second + third
 
 
 def _coded(channel: jax.Array, table: np.ndarray, scale: jax.Array) -> jax.Array:
@@ -252,10 +254,10 @@ def _coordinates(image: jax.Array) -> tuple[np.ndarray, np.ndarray, float]:
     return y[:, None], x[None], px
 
 
-def _stroke(distance: jax.Array, width: jax.Array) -> jax.Array:
+def _stroke(distance: jax.Array, width: ArrayLike) -> jax.Array:
     """Returns how much a line covers of each pixel, in [0, 1], from pixels to its middle."""
     return jnp.clip(width / 2 + 0.5 - distance, 0.0, jnp.minimum(width, 1.0))
 
 
-def _over(below: jax.Array, color: jax.Array, share: jax.Array) -> jax.Array:
+def _over(below: jax.Array, color: ArrayLike, share: jax.Array) -> jax.Array:
     return below + share[..., None] * (color - below)

@@ -58,7 +58,7 @@ def choose(judged: Predictions, num_shown: int = NUM_SHOWN) -> dict[str, list[in
         ("confident_wrong", ~right, confidence),
         ("uncertain", everyone, entropy),
     ):
-        of_lesion: dict[str, int] = {}
+        of_lesion: dict[Any, int] = {}
         for row in np.argsort(-rank, kind="stable"):
             if among[row]:
                 of_lesion.setdefault(judged.lesion_ids[row], int(row))

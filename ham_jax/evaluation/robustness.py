@@ -141,6 +141,7 @@ def run(
     if parallel.is_main():
         path = (output or workdirs[0]) / "robustness.csv"
         files.write_text(path, results.to_csv(index=False, lineterminator="\n"))
+        assert interval, "no resample lacks a class that is there"
         _print(results, interval, num_images, path)
     return results
 
