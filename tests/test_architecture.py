@@ -20,16 +20,6 @@ BELOW = {
         "training",
         "inference",
     },
-    "benchmark": {
-        "classes",
-        "config",
-        "parallel",
-        "console",
-        "files",
-        "data",
-        "models",
-        "training",
-    },
     "inference": {
         "classes",
         "config",
