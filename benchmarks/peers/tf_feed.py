@@ -1,4 +1,4 @@
-"""The other side of `python -m ham_jax.benchmark feed`: plain tf.data over the photographs.
+"""The other side of `python benchmarks/speed.py feed`: plain tf.data over the photographs.
 
 Decodes each JPEG file anew, with a random resized crop and flips. Prints JSON when it is warm; for
 each line with a number of images it loads at least as many and prints [images, seconds].

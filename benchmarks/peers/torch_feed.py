@@ -1,4 +1,4 @@
-"""The other side of `python -m ham_jax.benchmark feed`: a torch DataLoader over the photographs.
+"""The other side of `python benchmarks/speed.py feed`: a torch DataLoader over the photographs.
 
 Decoding with Pillow, a random resized crop and flips, as most PyTorch training code has it. Needs
 torch and torchvision. Prints JSON when it is warm; for each line with a number of images it loads

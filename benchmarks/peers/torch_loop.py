@@ -1,4 +1,4 @@
-"""The other side of `python -m ham_jax.benchmark loop`: a training loop fed by a torch DataLoader.
+"""The other side of `python benchmarks/speed.py loop`: a training loop fed by a torch DataLoader.
 
 The network and optimiser of torch_step.py and the DataLoader of torch_feed.py, with turns and
 colour changes as ham_jax makes them. Needs what these two need.

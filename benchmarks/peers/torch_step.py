@@ -1,4 +1,4 @@
-"""The other side of `python -m ham_jax.benchmark step`: the same network and batch in PyTorch.
+"""The other side of `python benchmarks/speed.py step`: the same network and batch in PyTorch.
 
 Needs torch, torchvision and efficientnet-lite-pytorch, in this environment or in one of its own
 (`--torch_python`). The benchmark starts it and talks to it as to its own workers: it prints one

@@ -1,11 +1,11 @@
 """Speed, measured side by side in one run, as a table and as JSON.
 
-python -m ham_jax.benchmark step      # a training step: ours, stock Flax, PyTorch where installed
-python -m ham_jax.benchmark loop --data=data/ham10000   # feed, augmentation and step together
-python -m ham_jax.benchmark conv      # each form of each convolution: is the rule still right?
-python -m ham_jax.benchmark feed --data=data/ham10000   # batches without a model
-python -m ham_jax.benchmark memory    # of a training step, as compiled
-python -m ham_jax.benchmark startup   # seconds from the command to the first step
+python benchmarks/speed.py step      # a training step: ours, stock Flax, PyTorch where installed
+python benchmarks/speed.py loop --data=data/ham10000   # feed, augmentation and step together
+python benchmarks/speed.py conv      # each form of each convolution: is the rule still right?
+python benchmarks/speed.py feed --data=data/ham10000   # batches without a model
+python benchmarks/speed.py memory    # of a training step, as compiled
+python benchmarks/speed.py startup   # seconds from the command to the first step
 
 Absolute times differ from hour to hour on a shared machine. So the contestants take turns, each
 round compares them within seconds, and the ratio given is the median of the rounds' ratios.
@@ -33,8 +33,11 @@ from unittest import mock
 
 from absl import app, flags, logging
 
-from ham_jax import config as configuration
-from ham_jax import console, files
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from ham_jax import config as configuration  # noqa: E402
+from ham_jax import console, files  # noqa: E402
 
 _WORK = flags.DEFINE_multi_string(
     "work", None, "step, loop, conv: model:pixels:batch, as resnet18:128:32; may be repeated."
@@ -64,7 +67,7 @@ _CALLS = [range(n, n + 1) for n in range(100_000)]  # more than a turn takes
 _ON_CPU = ("resnet18:64:32", "efficientnet_lite0:128:32", "resnet18:128:32", "resnet50:224:8")
 _ON_ACCELERATOR = ("resnet50:224:256", "efficientnet_lite0:224:256")
 _CONFIGS = ("demo:", "resnet:18", "resnet:50", "efficientnet_lite:0")
-_PEERS = Path(__file__).parents[1] / "benchmarks" / "peers"
+_PEERS = ROOT / "benchmarks" / "peers"
 
 
 class Contestant:
@@ -154,7 +157,7 @@ def loop() -> dict[str, Any]:
 
 
 def _own_command(what: str, work: str, form: str) -> list[str]:
-    command = [sys.executable, "-m", "ham_jax.benchmark", what, f"--work={work}"]
+    command = [sys.executable, __file__, what, f"--work={work}"]
     return [*command, f"--contestant={form}", *([f"--data={_DATA.value}"] if _DATA.value else [])]
 
 
@@ -254,7 +257,7 @@ def _train_step(config, mesh):
     network = models.build(config.model, 7)
     params = jax.eval_shape(lambda: network.init(0)[0])
     optimizer = optim.make(config.optim, optim.schedule(config.optim, 0, 10**6), params)
-    loss = losses.make_loss(config.loss, np.ones(7))
+    loss = losses.make_loss(config.loss, np.ones(7), config.data.classes)
     take = training_step.make_train_step(network, optimizer, loss, config, mesh)
     return take, lambda: training_step.init_state(network, optimizer, config, mesh)
 
@@ -272,7 +275,7 @@ def memory() -> dict[str, Any]:
 
     mesh, results, rows = parallel.mesh(), {}, []
     for name in _CONFIGS:
-        config = configuration.load(f"configs/{name.replace(':', '.py:', 1)}")
+        config = configuration.load(f"{ROOT}/configs/{name.replace(':', '.py:', 1)}")
         batch_size = config.train.batch_size
         take, initial = _train_step(config, mesh)
         image = jax.ShapeDtypeStruct((batch_size, *config.data.canvas, 3), np.uint8)
@@ -316,72 +319,68 @@ def _config_of(work: str):
 
 def conv() -> dict[str, Any]:
     """Milliseconds of each form of each convolution of a network, and what the rule picks."""
+    if _platform() != "cpu":
+        raise app.UsageError("conv compares the forms on CPU; elsewhere there is only XLA's own.")
+    return {work: _conv_of(work) for work in _WORK.value or _ON_CPU}
+
+
+def _conv_of(work: str) -> list[dict[str, Any]]:
+    """Times the convolutions of model:pixels:batch; returns and prints them."""
+    from ham_jax.models import conv as room
+
+    shapes, results, rows = _conv_shapes(work), [], []
+    sums = dict.fromkeys(("chosen", "fastest", "direct"), 0.0)
+    with console.progress(work) as progress:
+        for number, ((x, kernel, geometry), count) in enumerate(shapes.items(), 1):
+            times = _time_forms(x, kernel, geometry)
+            chosen = room.choose(x, kernel, geometry)
+            for part, form in zip(("forward", "input", "weight"), chosen, strict=True):
+                if number == 1 and part == "input":
+                    continue  # nobody asks for the gradient of the photograph
+                ms = times[part]
+                for name, of_form in (("chosen", form), ("direct", "direct")):
+                    sums[name] += count * ms[of_form]
+                sums["fastest"] += count * min(ms.values())
+                others = ", ".join(f"{name} {t:.2f}" for name, t in ms.items() if name != form)
+                late = "<-" if ms[form] > 1.1 * min(ms.values()) else ""
+                shape = f"{count} x {_shape_text(x, kernel, geometry)}"
+                rows.append([shape, part, f"{form} {ms[form]:.2f}", others, late])
+            results.append({"x": x, "kernel": kernel, **geometry._asdict(), "count": count})
+            results[-1] |= {"chosen": chosen, "ms": times}
+            progress(number, len(shapes))
+    console.print_table(
+        f"{work}: ms of each form; <- marks a choice that is 1.1 times slower than another",
+        ["convolution", "part", "chosen", "others", "late"],
+        rows,
+    )
+    total = ", ".join(f"{name} {ms:.0f} ms" for name, ms in sums.items())
+    print(f"All convolutions of a step: {total}.")
+    return results
+
+
+def _conv_shapes(work: str) -> dict[tuple, int]:
+    """Returns how often a network has a convolution: {(shape of x, of kernel, geometry): count}."""
     import jax
     import jax.numpy as jnp
 
     from ham_jax import models
     from ham_jax.models import conv as room
 
-    if jax.default_backend() != "cpu":
-        raise app.UsageError("conv compares the forms on CPU; elsewhere there is only XLA's own.")
-    results = {}
-    for work in _WORK.value or _ON_CPU:
-        config, batch_size = _config_of(work)
-        px = config.augment.crop_px
-        network = models.build(config.model, 7)
-        shapes: dict[tuple, int] = {}
-        choose = room.choose
+    config, batch_size = _config_of(work)
+    network = models.build(config.model, 7)
+    shapes: dict[tuple, int] = {}
+    choose = room.choose
 
-        def record(*shape, shapes=shapes, choose=choose):
-            shapes[shape] = shapes.get(shape, 0) + 1
-            return choose(*shape)
+    def record(*shape):
+        shapes[shape] = shapes.get(shape, 0) + 1
+        return choose(*shape)
 
-        with mock.patch.object(room, "choose", record):
-            params, stats = jax.eval_shape(lambda network=network: network.init(0))
-            image = jax.ShapeDtypeStruct((batch_size, px, px, 3), jnp.float32)
-            jax.eval_shape(
-                lambda p, s, x, network=network: network.apply(p, s, x, True), params, stats, image
-            )
-        rows, results[work] = [], []
-        sums = dict.fromkeys(("chosen", "fastest", "direct"), 0.0)
-        with console.progress(work) as progress:
-            for number, ((x, kernel, geometry), count) in enumerate(shapes.items(), 1):
-                times = _time_forms(x, kernel, geometry)
-                chosen = choose(x, kernel, geometry)
-                for part, form in zip(("forward", "input", "weight"), chosen, strict=True):
-                    if number == 1 and part == "input":
-                        continue  # nobody asks for the gradient of the photograph
-                    of_part = times[part]
-                    sums["chosen"] += count * of_part[form]
-                    sums["fastest"] += count * min(of_part.values())
-                    sums["direct"] += count * of_part["direct"]
-                    others = ", ".join(
-                        f"{name} {ms:.2f}" for name, ms in of_part.items() if name != form
-                    )
-                    late = of_part[form] > 1.1 * min(of_part.values())
-                    shape = f"{count} x {_shape_text(x, kernel, geometry)}"
-                    rows.append(
-                        [shape, part, f"{form} {of_part[form]:.2f}", others, "<-" if late else ""]
-                    )
-                results[work].append(
-                    {
-                        "x": x,
-                        "kernel": kernel,
-                        **geometry._asdict(),
-                        "count": count,
-                        "chosen": chosen,
-                        "ms": times,
-                    }
-                )
-                progress(number, len(shapes))
-        console.print_table(
-            f"{work}: ms of each form; <- marks a choice that is 1.1 times slower than another",
-            ["convolution", "part", "chosen", "others", "late"],
-            rows,
-        )
-        total = ", ".join(f"{name} {ms:.0f} ms" for name, ms in sums.items())
-        print(f"All convolutions of a step: {total}.")
-    return results
+    side = (config.augment.crop_px,) * 2
+    image = jax.ShapeDtypeStruct((batch_size, *side, 3), jnp.float32)
+    with mock.patch.object(room, "choose", record):
+        params, stats = jax.eval_shape(lambda: network.init(0))
+        jax.eval_shape(lambda p, s, x: network.apply(p, s, x, True), params, stats, image)
+    return shapes
 
 
 def _shape_text(x, kernel, geometry) -> str:
@@ -566,7 +565,7 @@ def main(argv: list[str]) -> None:
     output = Path(_JSON.value or f"runs/benchmark/{argv[1]}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     about = {
-        "command": shlex.join(["python", "-m", "ham_jax.benchmark", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
         "rounds": _ROUNDS.value,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),

@@ -1,11 +1,19 @@
+"""The benchmark counts what it says it counts."""
+
+import importlib.util
 import sys
+from pathlib import Path
 
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from ham_jax import benchmark
 from ham_jax.models import conv
+
+SPEED = Path(__file__).parents[2] / "benchmarks" / "speed.py"
+spec = importlib.util.spec_from_file_location("speed", SPEED)
+speed = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(speed)
 
 OBEDIENT = """
 import json, sys
@@ -16,16 +24,16 @@ for line in sys.stdin:
 
 
 def test_a_contestant_answers_for_itself_and_ends_when_it_is_left():
-    with benchmark.Contestant("peer", [sys.executable, "-c", OBEDIENT]) as peer:
+    with speed.Contestant("peer", [sys.executable, "-c", OBEDIENT]) as peer:
         assert peer.about == {"parameters": 7}
         assert [peer.work(n) for n in (1, 21)] == [2, 42]
     with pytest.raises(RuntimeError, match="peer ended with 3"):
-        benchmark.Contestant("peer", [sys.executable, "-c", "raise SystemExit(3)"])
+        speed.Contestant("peer", [sys.executable, "-c", "raise SystemExit(3)"])
 
 
 def test_the_ratio_is_the_median_of_the_rounds_ratios():
     rates = {"ours": [10.0, 30.0, 20.0], "other": [10.0, 10.0, 40.0]}
-    compared = benchmark.compared(rates)
+    compared = speed.compared(rates)
     assert compared["ours"] == {"median": 20, "min": 10, "max": 30, "ratio": 1}
     assert compared["other"] == {"median": 10, "min": 10, "max": 40, "ratio": 1}
 
@@ -40,7 +48,7 @@ def test_a_turn_counts_only_what_follows_its_untimed_steps():
 
     flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(seconds=2.0):
-        assert benchmark._turn(Recorder(), batch_size=8, untimed=3)() == 16
+        assert speed._turn(Recorder(), batch_size=8, untimed=3)() == 16
     assert told == [1, 3, 4]
 
 
@@ -63,8 +71,8 @@ def test_every_convolution_of_the_network_is_counted(one_small_work, monkeypatch
         fitting = conv.fitting(x, kernel, geometry)
         return {p: dict.fromkeys(names, 1.0) for p, names in zip(parts, fitting, strict=True)}
 
-    monkeypatch.setattr(benchmark, "_time_forms", of_each_form)
-    shapes = benchmark.conv()[one_small_work]
+    monkeypatch.setattr(speed, "_time_forms", of_each_form)
+    shapes = speed.conv()[one_small_work]
     assert sum(shape["count"] for shape in shapes) == 20
     for shape in shapes:
         for chosen, of_part in zip(shape["chosen"], shape["ms"].values(), strict=True):
@@ -75,7 +83,7 @@ def test_every_convolution_of_the_network_is_counted(one_small_work, monkeypatch
 
 @pytest.mark.usefixtures("one_small_work")
 def test_forms_take_time():
-    times = benchmark._time_forms((1, 4, 4, 16), (3, 3, 16, 16), conv.Geometry(1, ((1, 1), (1, 1))))
+    times = speed._time_forms((1, 4, 4, 16), (3, 3, 16, 16), conv.Geometry(1, ((1, 1), (1, 1))))
     assert set(times) == {"forward", "input", "weight"}
     assert {"direct", "inside", "rows"} <= set(times["weight"])
     assert all(ms > 0 for of_part in times.values() for ms in of_part.values())
