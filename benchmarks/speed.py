@@ -93,11 +93,13 @@ class Contestant:
 
     def work(self, amount: int) -> Any:
         """Has it do so much and returns its answer."""
+        assert self._process.stdin
         self._process.stdin.write(f"{amount}\n")
         self._process.stdin.flush()
         return self._answer()
 
     def _answer(self) -> Any:
+        assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
             self._process.communicate()
@@ -207,6 +209,7 @@ def _worker(what: str, form: str) -> None:
 
     parallel.compile_cache()
     mesh = parallel.mesh()
+    assert _WORK.value, "a worker is told its work"
     config, batch_size = _config_of(_WORK.value[0])
     if what == "loop":
         config = _with_data(config)
@@ -329,7 +332,7 @@ def _conv_of(work: str) -> list[dict[str, Any]]:
     from ham_jax.models import conv as room
 
     shapes, results, rows = _conv_shapes(work), [], []
-    sums = dict.fromkeys(("chosen", "fastest", "direct"), 0.0)
+    sums: dict[str, float] = dict.fromkeys(("chosen", "fastest", "direct"), 0.0)
     with console.progress(work) as progress:
         for number, ((x, kernel, geometry), count) in enumerate(shapes.items(), 1):
             times = _time_forms(x, kernel, geometry)
@@ -513,6 +516,7 @@ def startup() -> dict[str, Any]:
                     text=True,
                     env=environment,
                 ) as process:
+                    assert process.stdout
                     text = iter(process.stdout.readline, "")
                     next(line for line in text if sign in line)
                     results.setdefault(name, []).append(time.perf_counter() - start)

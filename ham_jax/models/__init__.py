@@ -170,11 +170,13 @@ class _Functions:
         key: jax.Array | None = None,
         metadata: jax.Array | None = None,
     ) -> tuple[jax.Array, Tree]:
-        if train and self._random and key is None:
-            raise ValueError("dropout and stochastic depth need a key in training")
+        rngs = None
+        if train and self._random:
+            if key is None:
+                raise ValueError("dropout and stochastic depth need a key in training")
+            rngs = nnx.Rngs(dropout=key)
         self._check(metadata)
         net = self._module(params, batch_stats, train)
-        rngs = nnx.Rngs(dropout=key) if train and self._random else None
         logits = net(image, metadata, rngs)
         if train:
             batch_stats = nnx.to_pure_dict(nnx.state(net, nnx.BatchStat))

@@ -1,6 +1,7 @@
 """What all networks share: normalised pixels -> a backbone's features -> logits."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ class Classifier(nnx.Module):
 
     def __init__(
         self,
-        backbone: nnx.Module,
+        backbone: Any,
         normalize: Normalize,
         num_classes: int,
         *,
@@ -75,6 +76,6 @@ class Classifier(nnx.Module):
         `rngs` has the stream `dropout`; only training with dropout or stochastic depth needs it.
         """
         x = self.dropout(self.backbone(self.normalize(image), rngs), rngs=rngs)
-        if self.fusion is not None:
+        if self.fusion is not None and metadata is not None:
             x = jnp.concatenate([x, self.fusion(metadata)], -1)
         return self.head(x)

@@ -282,7 +282,7 @@ def convert(
     return filled["params"], filled["batch_stats"], report
 
 
-def _fresh(names: Mapping[str, str | None], found: Tensors, likes: Tree) -> list[str]:
+def _fresh(names: Mapping[str, str], found: Tensors, likes: Tree) -> list[str]:
     """Returns the paths that keep their initial values: the head's if any of it does not fit."""
     head = [path for path in names if path.startswith(_FRESH)]
     fits = all(path in found and found[path].shape == likes[path].shape for path in head)
@@ -291,7 +291,7 @@ def _fresh(names: Mapping[str, str | None], found: Tensors, likes: Tree) -> list
 
 def _misfits(
     tensors: Tensors,
-    names: Mapping[str, str | None],
+    names: Mapping[str, str],
     found: Tensors,
     likes: Tree,
     left: Collection[str],
@@ -332,7 +332,7 @@ def _is_finite(value: np.ndarray) -> bool:
     return real and bool(np.isfinite(value.astype(np.float32)).all())
 
 
-def flatten(tree: Tree) -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Returns {path/of/leaf: leaf}."""
     return {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
@@ -341,21 +341,21 @@ def _path(keys) -> str:
     return "/".join(key.key for key in keys)
 
 
-def _names(paths: list[str], tensors: Tensors, family: Family) -> dict[str, str | None]:
-    """Returns {our path: name in the file}; None where files of its kind have nothing like it."""
+def _names(paths: list[str], tensors: Tensors, family: Family) -> dict[str, str]:
+    """Returns {our path: name in the file}; '' where files of its kind have nothing like it."""
     if any(name.startswith("params/") for name in tensors):
         return {path: path for path in paths}
     rules = family.torch_names(paths)
     places = {path: [int(n) for n in re.findall(r"/(?:stage|block)(\d+)", path)] for path in paths}
     blocks = sorted({tuple(place) for place in places.values() if len(place) == 2})
-    names: dict[str, str | None] = {}
+    names = {}
     for path in paths:
         if path.startswith(_NORMALIZE):
             continue
         module, _, leaf = path.split("/", 1)[1].removeprefix("backbone/").rpartition("/")
         matches = ((re.fullmatch(pattern, module), template) for pattern, template in rules)
-        name = next((match.expand(template) for match, template in matches if match), None)
-        if name is not None:
+        name = next((match.expand(template) for match, template in matches if match), "")
+        if name:
             if "{stage}" in name:
                 name = name.replace("{stage}", str(places[path][0] - 1))
             if "{block}" in name:

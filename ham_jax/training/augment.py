@@ -70,7 +70,7 @@ def _view(config, image, target, of_crop, of_dihedral, of_warp):
         )
     else:
         boxes = jnp.asarray(preprocess.central_boxes(batch_size, height, width, 1.0))
-    k = jax.random.randint(of_dihedral, (batch_size,), 0, 8) if config.dihedral else 0
+    k = jax.random.randint(of_dihedral, (batch_size,), 0, 8) if config.dihedral else jnp.int32(0)
     if config.strength and config.rotation:
         matrix = draw_turns(of_warp, batch_size, math.radians(config.rotation) * config.strength)
         view = preprocess.dihedral(resample_warped(image, boxes, matrix, config.crop_px), k)

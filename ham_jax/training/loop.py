@@ -148,6 +148,7 @@ def train(
             _write_inputs(run)
             state = _trained(run, saved, state, validation, preemption)
             best = saved.best()
+            assert best is not None, "the plan's last step is always saved"
             if best != int(state["step"]):
                 state, _ = saved.restore(best, state, mesh)
         if best not in validation.probabilities:  # a run resumed after its best evaluation
@@ -440,12 +441,12 @@ def _pretrained(
     network: models.Network, config: ml_collections.ConfigDict
 ) -> tuple[models.Tree, models.Tree]:
     """Returns the (params, batch_stats) that `model.pretrained` names, and says what they are."""
-    *weights, report = pretrained.load(
+    params, batch_stats, report = pretrained.load(
         config.model.pretrained, *network.init(config.seed), config.model.name, _read_run
     )
     if parallel.is_main():
         console.log_line(report.text())
-    return tuple(weights)
+    return params, batch_stats
 
 
 def _read_run(folder: Path) -> dict[str, np.ndarray]:

@@ -75,7 +75,8 @@ def make_loss(
     kind = LOSSES[config.imbalance]
     counts = np.asarray(class_counts, np.float64)
     if kind.needs_all_classes and not counts.all():
-        raise InputError(_no_images(config.imbalance, np.asarray(class_names)[counts == 0]))
+        empty = [name for name, count in zip(class_names, counts, strict=True) if not count]
+        raise InputError(_no_images(config.imbalance, empty))
     per_class, spread = kind.build(config, counts)
     spread = spread / spread.sum()
 
@@ -143,7 +144,7 @@ def cross_entropy(logits: jax.Array) -> jax.Array:
 
 def _with_weights(weights: np.ndarray, counts: np.ndarray) -> tuple[PerClass, np.ndarray]:
     weights = weights * counts.sum() / (weights * counts).sum()
-    return lambda logits: weights.astype(np.float32) * cross_entropy(logits), 1 / weights
+    return lambda logits: cross_entropy(logits) * weights.astype(np.float32), 1 / weights
 
 
 LOSSES = {

@@ -6,7 +6,7 @@ Parameters are nested dicts with string keys; a parameter's path joins them with
 
 import difflib
 import re
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ from ham_jax import config as configuration
 from ham_jax.config import InputError
 
 Tree = dict[str, Any]
-Optimizer = optax.GradientTransformation
-Schedule = optax.Schedule
+Optimizer: TypeAlias = optax.GradientTransformation
+Schedule: TypeAlias = optax.Schedule
 """step -> learning rate"""
 
 _ADAM_RMS = 0.2  # of a typical AdamW update; Liu et al. 2025, arXiv:2502.16982, section 2.2

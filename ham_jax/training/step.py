@@ -5,7 +5,7 @@ The state is plain nested dicts: `step` int32 [], `params`, `batch_stats`, `opt_
 (seed, step), so it is not state.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -65,7 +65,7 @@ def init_state(
     return parallel.replicate(mesh, jax.tree.map(jnp.copy, state))
 
 
-def flop_per_image(train_step, state: State, batch: Batch) -> float:
+def flop_per_image(train_step, state: State, batch: Mapping[str, Any]) -> float:
     """Returns the floating-point operations of a train step by XLA's count, an image of a batch.
 
     Args:
@@ -170,7 +170,7 @@ def _gradient(network: Network, loss: losses.Loss, config: ml_collections.Config
 
         def add(carry, part):
             (value, (hits, batch_stats)), grads = carry
-            (v, (h, batch_stats)), g = of_part(params, batch_stats, *part, batch_size)
+            (v, (h, batch_stats)), g = of_part(params, batch_stats, part[0], part[1], batch_size)
             return ((value + v, (hits + h, batch_stats)), jax.tree.map(jnp.add, grads, g)), None
 
         # Part i takes every num_parts-th row, so that each device works on rows it has.
