@@ -104,15 +104,17 @@ def faults(names: Sequence[str], malignant: Sequence[str]) -> list[str]:
 _TAKEN = (
     *("image", "image_id", "lesion_id", "truth", "split", "label", "path", "prediction"),
     *("age", "sex", "localization", "dx", "dx_type", "dataset", "file_sha256", "ood", "ood_score"),
-    *("malignant", "malignant_flag", "prediction_set", "error", "note", "total"),
+    *("malignant_flag", "any_malignant", "prediction_set", "error", "note", "total"),
 )
 
-_KNOWN = {  # of HAM10000 and ISIC 2019: title, and whether it is malignant
+_KNOWN = {  # of HAM10000, ISIC 2019 and the plainest question: title, and whether it is malignant
     "akiec": ("actinic keratosis, Bowen's disease", True),
     "ak": ("actinic keratosis", True),
     "bcc": ("basal cell carcinoma", True),
+    "benign": ("benign lesion", False),
     "bkl": ("benign keratosis", False),
     "df": ("dermatofibroma", False),
+    "malignant": ("malignant lesion", True),
     "mel": ("melanoma", True),
     "nv": ("nevus", False),
     "scc": ("squamous cell carcinoma", True),

@@ -43,7 +43,10 @@ class Patches(nnx.Module):
 
 @pytest.mark.parametrize(
     ("names", "malignant"),
-    [(("nv", "Mel", "basal cell"), None), (tuple(f"kind{n}" for n in range(12)), ())],
+    [
+        (("benign", "Malignant", "not sure"), None),
+        (tuple(f"kind{n}" for n in range(12)), ()),
+    ],
 )
 def test_the_demonstration_with_other_classes_in_every_mode(
     names, malignant, tmp_path, monkeypatch, capsys
@@ -86,7 +89,8 @@ def test_the_demonstration_with_other_classes_in_every_mode(
     for row in rows:
         assert row["prediction"] in names
         assert set(row["prediction_set"].split(between)) <= {*names, "empty"}
-        assert bool(row["malignant_flag"]) == bool(row["malignant"]) == bool(flagged)
+        of_malignant = row["any_malignant" if flagged else "malignant"]
+        assert bool(row["malignant_flag"]) == bool(of_malignant) == bool(flagged)
     report.run(run)
     page = (run / "report.html").read_text()
     assert all(name in page for name in names)
@@ -131,12 +135,31 @@ def test_classes_are_refused_or_come_back_from_json(names, data):
         assert [made.index(name) for name in made] == list(range(len(made)))
 
 
-def test_what_is_known_of_published_classes():
+@pytest.mark.parametrize(
+    ("names", "malignant", "told"),
+    [
+        (("a",), (), "There are 1 classes; 2 to 100"),
+        (tuple(map(str, range(101))), (), "There are 101 classes"),
+        (("Nevus", "nevus"), (), "nevus is there twice"),
+        (("a", " b"), (), "without spaces around it, not ' b'"),
+        (("a", "b\n"), (), "printable"),
+        (("Age", "Total"), (), "called age, total: .*'age lesion'"),
+        (("a", "b"), ("c",), "Malignant is c, but the classes are a, b"),
+        (("a", "b"), ("a", "b"), "nothing to flag"),
+    ],
+)
+def test_what_cannot_be_classes_is_told(names, malignant, told):
+    with pytest.raises(ValueError, match=told):
+        Classes(names, malignant)
+
+
+def test_known_classes_keep_their_meaning():
     assert HAM10000.malignant == ("akiec", "bcc", "mel")
     assert ISIC2019.malignant == ("mel", "bcc", "ak", "scc")
-    assert Classes.from_json(["nv", "mel"]).malignant == ("mel",)
-    assert HAM10000.title("nv") == "nevus"
-    for names in (("a",), ("a", "A"), ("a", "age"), ("a", " b"), [f"c{n}" for n in range(101)]):
-        assert classes.faults(names, ())
-    assert classes.faults(("a", "b"), ("a", "b"))
-    assert classes.faults(("a", "b"), ("c",))
+    assert classes.known(("MEL", "wart")).malignant_labels == (0,)
+    assert classes.known(("MEL", "wart"), malignant=()).malignant == ()
+    assert classes.known(("MEL", "wart")).titles == ("melanoma", "wart")
+    assert classes.known(("benign", "malignant")).malignant == ("malignant",)
+    for content in (3, "ab", {"names": "ab"}, {"names": [1, 2]}, None):
+        with pytest.raises(ValueError, match="name"):
+            Classes.from_json(content)

@@ -16,7 +16,6 @@ from ham_jax.config import InputError
 from ham_jax.data import metadata, photographs
 from ham_jax.model import Answers, Ensemble, restore_all
 
-_DECISIONS = ("malignant", "malignant_flag", "prediction_set")
 _OOD = ("ood_score", "ood")
 _SHOWN_ROWS = 10
 
@@ -41,11 +40,11 @@ def run(
       workdirs: one training run, or the members of an ensemble.
       images: see `photographs.find_images`.
       output: the CSV: path, prediction, the probability of each class, malignant (the sum of the
-        malignant ones), malignant_flag, prediction_set, ood_score, ood (whether the photograph is
-        unlike those of training), error, note. Flag and set are empty, as malignant is, where a
-        run has no calibration, and the flag and malignant where no class is malignant; the two of
-        ood, where no run has a model of it. After the photographs come, with an error, the files
-        that by their names are none.
+        malignant ones; any_malignant where a class has that name), malignant_flag, prediction_set,
+        ood_score, ood (whether the photograph is unlike those of training), error, note. Flag, sum
+        and set are empty where a run has no calibration, and flag and sum where no class is
+        malignant; the two of ood, where no run has a model of it. After the photographs come, with
+        an error, the files that by their names are none.
       overrides: (key, text) pairs of the command line.
       mesh: the devices.
 
@@ -76,13 +75,13 @@ def run(
 
 
 def _rows(answers: Answers) -> list[list[str]]:
-    """Returns of each photograph the texts of prediction, probabilities, _DECISIONS and _OOD."""
-    names = answers.classes.names
-    rows = [[""] * (1 + len(names) + len(_DECISIONS) + len(_OOD)) for _ in answers.probabilities]
+    """Returns of each photograph the texts of prediction, probabilities, `_decisions` and _OOD."""
+    names, num_decisions = answers.classes.names, len(_decisions(answers.classes))
+    rows = [[""] * (1 + len(names) + num_decisions + len(_OOD)) for _ in answers.probabilities]
     decided = answers.calibrated
     for place, number in enumerate(answers.read):
         probabilities = answers.probabilities[number]
-        decisions, marks = [""] * len(_DECISIONS), [""] * len(_OOD)
+        decisions, marks = [""] * num_decisions, [""] * len(_OOD)
         if decided is not None:
             decisions[2] = _listed(answers.classes, decided.sets(_SETS)[place]) or "empty"
             if answers.classes.malignant:
@@ -94,6 +93,12 @@ def _rows(answers: Answers) -> list[list[str]]:
         first = names[probabilities.argmax()]
         rows[number] = [first, *map(repr, probabilities.tolist()), *decisions, *marks]
     return rows
+
+
+def _decisions(classes: Classes) -> tuple[str, ...]:
+    """Returns the columns that the calibration fills."""
+    is_class = "malignant" in (name.lower() for name in classes)
+    return "any_malignant" if is_class else "malignant", "malignant_flag", "prediction_set"
 
 
 def _listed(classes: Classes, inside: np.ndarray) -> str:
@@ -116,7 +121,15 @@ def _tell_missing(codes: np.ndarray, absent: Sequence[str]) -> None:
 def _write(
     output: Path, found: photographs.Photographs, answers: Answers, rows: Sequence[list[str]]
 ) -> None:
-    header = ["path", "prediction", *answers.classes, *_DECISIONS, *_OOD, "error", "note"]
+    header = [
+        "path",
+        "prediction",
+        *answers.classes,
+        *_decisions(answers.classes),
+        *_OOD,
+        "error",
+        "note",
+    ]
     lines = [header]
     for number, (path, row) in enumerate(zip(found.paths, rows, strict=True)):
         error = escape.shown(answers.errors.get(number, ""))
@@ -137,7 +150,7 @@ def _print(
             shown.append([path, "unreadable", escape.shown(answers.errors[number]), "", "", ""])
             continue
         probabilities = answers.probabilities[number]
-        _, flag, inside = rows[number][1 + len(names) :][: len(_DECISIONS)]
+        _, flag, inside = rows[number][1 + len(names) :][:3]
         first, second = np.argsort(-probabilities, kind="stable")[:2]
         shown.append(
             [
