@@ -18,7 +18,7 @@ class Classes:
       titles: of each name, in plain words; empty: the names themselves.
 
     Raises:
-      ValueError: names that cannot be told apart or do not belong together.
+      ValueError: names that are too much alike, or malignant ones and titles that do not fit them.
     """
 
     names: tuple[str, ...]
@@ -81,7 +81,7 @@ def faults(names: Sequence[str], malignant: Sequence[str]) -> list[str]:
     """Returns a sentence for each reason why these cannot be `Classes`."""
     found = []
     if not 2 <= len(names) <= MAX_CLASSES:
-        found.append(f"There are {len(names)} classes; 2 to {MAX_CLASSES} can be told apart.")
+        found.append(f"There are {len(names)} classes; 2 to {MAX_CLASSES} are allowed.")
     lower = [name.lower() for name in names]
     if repeated := sorted({name for name in lower if lower.count(name) > 1}):
         found.append(f"Classes differ in more than case: {', '.join(repeated)} is there twice.")

@@ -92,15 +92,16 @@ KEYS = (
     Key("data.classes", classes.HAM10000.names, "The diagnoses (dx), in the order of the labels;"
         " your own data may have 2 to 100 others."),
     Key("data.malignant", None, "The classes that the malignancy flag detects. None: the malignant"
-        " classes of HAM10000 and ISIC 2019.", tuple),
+        " classes of HAM10000 and ISIC 2019.", tuple, free_on_resume=True),
     Key("data.titles", (), "A plain-language title for each class. (): the titles of HAM10000 and"
-        " ISIC 2019."),
+        " ISIC 2019.", free_on_resume=True),
     Key("data.canvas", (192, 256), "Height and width in pixels of the images in the records, each"
         " 16 to 4096."),
-    Key("data.download", False, "Download what data.dir and data.test_dir lack (about 2.8 GB).",
+    Key("data.download", False, "Download what data.dir and data.test_dir lack of HAM10000 (about"
+        " 2.8 GB).",
         free_on_resume=True, free_in_evaluation=True),
-    Key("data.allow_partial", False, "Accept a data set whose counts differ from the published"
-        " ones.", free_on_resume=True, free_in_evaluation=True),
+    Key("data.allow_partial", False, "Accept a part of HAM10000, photographs without metadata and"
+        " metadata without photographs.", free_on_resume=True, free_in_evaluation=True),
     Key("data.synthetic_images", 0, "If positive, draw this many synthetic lesions into data.dir.",
         range=(0, _INF)),
     Key("data.split_csv", None, "CSV with your own split: columns image_id and split (train, val or"

@@ -196,6 +196,18 @@ class Model:
         provenance = {"tta": config.eval.tta, "crop_scale": config.eval.crop_scale}
         return cls(str(workdir), classes, config, Forward(network, config, mesh), {}, provenance)
 
+    @classmethod
+    def load(
+        cls,
+        workdir: str | Path,
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+        overrides: Sequence[tuple[str, str]] = (),
+    ) -> "Model":
+        """Returns what a run's folder holds; see `load`, which also takes several."""
+        mesh = parallel.mesh() if mesh is None else mesh
+        return restore(Path(workdir), overrides, mesh).with_calibrator().with_detector()
+
     @property
     def workdir(self) -> Path:
         """The folder it comes from."""
@@ -459,8 +471,7 @@ def load(
       InputError: no checkpoint there, or keys that may not be set anew.
     """
     paths = [path] if isinstance(path, str | Path) else path
-    if mesh is None:
-        mesh = parallel.mesh()
+    mesh = parallel.mesh() if mesh is None else mesh
     ensemble = Ensemble(restore_all([Path(one) for one in paths], overrides, mesh))
     ensemble = ensemble.with_decisions()
     return ensemble.members[0] if len(ensemble.members) == 1 else ensemble
