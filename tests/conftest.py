@@ -22,7 +22,7 @@ _SLOW = {
     *_LONGEST,
     *("test_checkpoints", "test_launch", "test_main", "test_parallel"),
     *("test_feed", "test_preprocess"),
-    *("test_calibration", "test_corruptions", "test_explain", "test_judgement", "test_report"),
+    *("test_calibration", "test_corruptions", "test_explain", "test_report"),
     *("test_robustness", "test_subgroups"),
     *("test_classifier", "test_conv", "test_convnext", "test_efficientnet", "test_resnet"),
     *("test_pretrained", "test_augment", "test_step"),

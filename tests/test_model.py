@@ -24,7 +24,7 @@ class NeverStop:
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_records, tmp_path_factory):
+def trained(tiny_records, small_resnet18, tmp_path_factory):
     c = config.base()
     c.data.dir = str(tiny_records)
     c.data.canvas = (24, 32)
@@ -59,7 +59,7 @@ def test_a_loaded_run_answers_as_its_files_say(trained, photographs, tiny_record
     rows = np.flatnonzero(np.isin(opened.table["image_id"], judged.image_ids))
     images = opened.read(rows)
     np.testing.assert_array_equal(loaded.probabilities(images), judged.probabilities)
-    assert loaded.features(images).shape == (len(images), 512)
+    assert loaded.features(images).shape == (len(images), 32)
     view, heat = loaded.explain(images[:3], np.array([0, 4, 6]))
     assert view.shape == (3, 16, 16, 3)
     assert heat.shape == (3, 16, 16)
@@ -97,6 +97,8 @@ def test_asking_a_trained_network_needs_no_training_libraries(trained, photograp
         for name in ("tensorflow", "tensorflow_datasets", "sklearn", "matplotlib"):
             sys.modules[name] = None
         import ham_jax
+        from ham_jax.models import resnet
+        resnet._WIDTHS, resnet.DEPTHS["resnet18"] = (16, 32), (1, 1)  # as in conftest
         print(ham_jax.load(sys.argv[1]).predict(sys.argv[2:]).probabilities.shape)
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(trained), *photographs[:2]]

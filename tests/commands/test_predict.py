@@ -45,12 +45,12 @@ def train(tiny_records, workdir, **model):
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_records, tmp_path_factory):
+def trained(tiny_records, small_resnet18, tmp_path_factory):
     return train(tiny_records, tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture(scope="module")
-def trained_with_metadata(tiny_records, tmp_path_factory):
+def trained_with_metadata(tiny_records, small_resnet18, tmp_path_factory):
     return train(tiny_records, tmp_path_factory.mktemp("with_metadata"), metadata=True)
 
 
