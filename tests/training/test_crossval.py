@@ -193,7 +193,7 @@ def test_a_second_start_trains_nothing_and_mends_what_another_evaluation_wrote(
     shutil.copytree(folds, workdir)
     written = (workdir / "metrics.json").read_text()
     evaluate.run([workdir / "fold1"], "train", [], mesh)
-    monkeypatch.setattr(loop, "_steps", None)
+    monkeypatch.setattr(loop, "_Steps", None)
     crossval.train(tiny(tiny_raw, prepared), workdir, mesh, StopAfter())
     assert (workdir / "metrics.json").read_text() == written
 
