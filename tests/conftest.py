@@ -21,11 +21,12 @@ _LONGEST = ("test_slurm", "test_loop", "test_predict", "test_crossval", "test_re
 _SLOW = {
     *_LONGEST,
     *("test_checkpoints", "test_launch", "test_main", "test_parallel"),
-    *("test_feed", "test_preprocess"),
+    *("test_feed", "test_preprocess", "test_model", "test_old_runs", "test_speed"),
     *("test_calibration", "test_corruptions", "test_explain", "test_report"),
     *("test_robustness", "test_subgroups"),
     *("test_classifier", "test_conv", "test_convnext", "test_efficientnet", "test_resnet"),
     *("test_pretrained", "test_augment", "test_step"),
+    "test_the_demonstration_with_other_classes_in_every_mode",
     "test_any_text_for_any_key_is_set_or_refused_never_a_crash",
     "test_a_thousand_submissions_score_as_the_official_scorer_scored_them",
 }
