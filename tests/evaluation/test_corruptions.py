@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ham_jax import CLASSES, parallel
+from ham_jax import parallel
+from ham_jax.classes import HAM10000
 from ham_jax.data import synthetic
 from ham_jax.evaluation import corruptions, robustness
 
-LESIONS = np.stack([synthetic.draw(dx, [0, n], [1, n]) for n, dx in enumerate(CLASSES)])
+LESIONS = np.stack([synthetic.draw(dx, [0, n], [1, n]) for n, dx in enumerate(HAM10000)])
 SMALL = np.concatenate([LESIONS, LESIONS[:1, ::-1]])[:, ::2, ::2]  # 8 of 60 x 80
 NUMBERS = corruptions.image_numbers(f"ISIC_{n:07}" for n in range(len(SMALL)))
 

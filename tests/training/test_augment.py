@@ -1,6 +1,7 @@
 """Each random view is what its draws say, and switches do not disturb each other."""
 
 import colorsys
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,15 @@ def settings(**changes):
     return c
 
 
+@functools.cache
+def compiled(changes):
+    c = settings(**dict(changes))
+    return jax.jit(lambda k, i, t, m=None: augment.augment(k, i, t, c, 7, m))
+
+
 def run(key=0, **changes):
-    c = settings(**changes)
-    function = jax.jit(lambda k, i, t: augment.augment(k, i, t, c, 7)[:2])
-    return jax.tree.map(np.asarray, function(jax.random.key(key), IMAGES, LABELS))
+    function = compiled(tuple(changes.items()))
+    return jax.tree.map(np.asarray, function(jax.random.key(key), IMAGES, LABELS)[:2])
 
 
 @pytest.mark.parametrize(("scale", "ratio"), [((0.1, 0.9), (0.5, 2.0)), ((1.0, 1.0), (1.0, 1.0))])
@@ -169,8 +175,7 @@ def test_targets_stay_probabilities(mixing):
 
 @pytest.mark.parametrize("mixing", [{"mixup": 1.0}, {"cutmix": 1.0}, {}])
 def test_metadata_mixes_as_the_targets_do_and_changes_nothing_else(mixing):
-    c = settings(**mixing)
-    function = jax.jit(lambda k, i, t, m: augment.augment(k, i, t, c, 7, m))
+    function = compiled(tuple(mixing.items()))
     key, one_hot = jax.random.key(3), np.eye(7, dtype=np.float32)[LABELS]
     view, target, metadata = function(key, IMAGES, LABELS, 2 * one_hot)
     np.testing.assert_allclose(metadata, 2 * target, rtol=1e-6)
