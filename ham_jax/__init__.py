@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from ham_jax.classes import Classes
 
 if TYPE_CHECKING:
-    from ham_jax.model import Answers, Ensemble, Model, load
+    from ham_jax.model import Answer, Answers, Ensemble, Model, load
 
 __version__ = "0.1.0"
-__all__ = ["Answers", "Classes", "Ensemble", "Model", "load"]
+__all__ = ["Answer", "Answers", "Classes", "Ensemble", "Model", "load"]
 
 DISCLAIMER = "Educational and research use, not a diagnosis."
 

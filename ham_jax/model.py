@@ -6,7 +6,7 @@ all of them must ask together.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +20,9 @@ from ham_jax import checkpoints, console, models, parallel
 from ham_jax import config as configuration
 from ham_jax.classes import Classes
 from ham_jax.config import InputError
-from ham_jax.data import feed, metadata, preprocess
+from ham_jax.data import feed, preprocess
 from ham_jax.data import image as image_files
+from ham_jax.data.metadata import NUM_METADATA, encode
 from ham_jax.inference import calibrator, decision, detector
 from ham_jax.inference.calibrator import Calibrator
 from ham_jax.inference.decision import Calibrated
@@ -123,9 +124,44 @@ def grad_cam(last: jax.Array, gradient: jax.Array) -> jax.Array:
     return jax.nn.relu(jnp.einsum("bhwk,bk->bhw", last, weights))
 
 
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What is said of a photograph.
+
+    Attributes:
+      prediction: the class of the greatest probability; empty where it could not be read.
+      probabilities: {class: probability}.
+      prediction_set: diagnoses, made to hold the true one in 90 % of the lesions of each class;
+        None where a run has no calibration.
+      malignancy: the sum of the malignant classes' probabilities; None without a calibration, or
+        without malignant classes.
+      flagged: whether that reaches the flag's threshold; None likewise.
+      ood_score: see `Detector.score`; None where no run has such a model.
+      error: why it could not be read; empty where it could.
+    """
+
+    prediction: str
+    probabilities: Mapping[str, float]
+    prediction_set: tuple[str, ...] | None = None
+    malignancy: float | None = None
+    flagged: bool | None = None
+    ood_score: float | None = None
+    error: str = ""
+
+    @property
+    def unlike(self) -> bool:
+        """Whether the photograph is known to be unlike those of training."""
+        return self.ood_score is not None and self.ood_score > 1
+
+
+# Those that cover 90 % of each diagnosis: sets that cover 90 % of all are shorter, but buy it with
+# the rare ones, melanoma among them.
+_SETS = "class_conditional"
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Answers:
-    """What is said of n photographs.
+class Answers(Sequence[Answer]):
+    """What is said of n photographs: a sequence of `Answer`, and the same as arrays.
 
     Attributes:
       classes: C of them.
@@ -143,7 +179,40 @@ class Answers:
     ood_scores: np.ndarray | None
     errors: Mapping[int, str]
 
-    @property
+    def __len__(self) -> int:
+        return len(self.probabilities)
+
+    def __getitem__(self, number):
+        """Returns what is said of one photograph; of a slice, a list."""
+        if isinstance(number, slice):
+            return [self[n] for n in range(len(self))[number]]
+        number = range(len(self))[number]
+        if number in self.errors:
+            return Answer("", {}, error=self.errors[number])
+        row, names = self.probabilities[number], self.classes.names
+        members, malignancy, flagged = None, None, None
+        if self._decisions is not None:
+            sets, sums, flags = self._decisions
+            place = int(np.searchsorted(self.read, number))
+            members = tuple(np.array(names, object)[sets[place]])
+            if self.classes.malignant:
+                malignancy, flagged = float(sums[place]), bool(flags[place])
+        return Answer(
+            prediction=names[row.argmax()],
+            probabilities=dict(zip(names, row.tolist(), strict=True)),
+            prediction_set=members,
+            malignancy=malignancy,
+            flagged=flagged,
+            ood_score=None if self.ood_scores is None else float(self.ood_scores[number]),
+        )
+
+    @functools.cached_property
+    def _decisions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Sets, malignancy and flags of the readable photographs."""
+        decided = self.calibrated
+        return decided and (decided.sets(_SETS), decided.malignancy, decided.flagged)
+
+    @functools.cached_property
     def read(self) -> np.ndarray:
         """The numbers of the photographs that could be read, int."""
         return np.setdiff1d(np.arange(len(self.probabilities)), list(self.errors))
@@ -191,7 +260,7 @@ class Model:
     ) -> "Model":
         """Returns the network of a configuration, without weights and decisions."""
         network = models.build(
-            config.model, len(classes), metadata.NUM_METADATA if config.model.metadata else 0
+            config.model, len(classes), NUM_METADATA if config.model.metadata else 0
         )
         provenance = {"tta": config.eval.tta, "crop_scale": config.eval.crop_scale}
         return cls(str(workdir), classes, config, Forward(network, config, mesh), {}, provenance)
@@ -240,10 +309,14 @@ class Model:
 
     def encode(self, table: pd.DataFrame) -> np.ndarray | None:
         """Returns the codes of age, sex and site float32 [n, M]; None where it takes none."""
-        return metadata.encode(table) if self.takes_metadata else None
+        return encode(table) if self.takes_metadata else None
 
     def probabilities(
-        self, images: feed.Images, metadata: np.ndarray | None = None, title: str | None = None
+        self,
+        images: feed.Images,
+        metadata: np.ndarray | None = None,
+        title: str | None = None,
+        batch_size: int | None = None,
     ) -> np.ndarray:
         """Returns raw probabilities float64 [n, C]: evaluation cross-fits its own validation.
 
@@ -251,14 +324,18 @@ class Model:
           images: on the canvas, uint8 [n, H, W, 3].
           metadata: `encode`d, float32 [n, M].
           title: of a progress bar.
+          batch_size: see `in_batches`.
         """
+        beside = {"metadata": metadata}
         return normalised(
-            self.in_batches(self.forward.probabilities, images, {"metadata": metadata}, title)
+            self.in_batches(self.forward.probabilities, images, beside, title, batch_size)
         )
 
-    def features(self, images: feed.Images, title: str | None = None) -> np.ndarray:
-        """Returns float32 [n, F] of images on the canvas, uint8 [n, H, W, 3]."""
-        return self.in_batches(self.forward.features, images, {}, title)
+    def features(
+        self, images: feed.Images, title: str | None = None, batch_size: int | None = None
+    ) -> np.ndarray:
+        """Returns float32 [n, F] of images on the canvas, uint8 [n, H, W, 3]; see `in_batches`."""
+        return self.in_batches(self.forward.features, images, {}, title, batch_size)
 
     def explain(
         self, images: np.ndarray, labels: np.ndarray, metadata: np.ndarray | None = None
@@ -305,9 +382,27 @@ class Model:
                 progress(done, len(images))
         return jax.tree.map(lambda *of_parts: np.concatenate(of_parts), *parts)
 
-    def predict(self, photographs: Sequence[Any], table: pd.DataFrame | None = None) -> Answers:
+    def predict(self, photographs: Any, metadata: Any = None, exact: bool = False) -> Answers:
         """Returns what is said of photographs: see `Ensemble.predict`."""
-        return Ensemble((self,)).predict(photographs, table)
+        return Ensemble((self,)).predict(photographs, metadata, exact)
+
+    def decode(self, photographs: Any) -> np.ndarray:
+        """Returns photographs on the canvas, uint8 [n, H, W, 3], for `features` and `explain`.
+
+        Raises:
+          image.ImageError: one cannot be read.
+        """
+        several = [photographs] if image_files.is_one(photographs) else photographs
+        return np.stack([image_files.load(one, self.canvas) for one in several])
+
+    @property
+    def card(self) -> str:
+        """The model card that `--mode=report` wrote into the run's folder, as Markdown.
+
+        Raises:
+          FileNotFoundError: there is none.
+        """
+        return (self.workdir / "model_card.md").read_text(encoding="utf-8")
 
     def with_calibrator(self) -> "Model":
         """Returns it with its folder's calibration.json; a line says where that is amiss.
@@ -405,19 +500,23 @@ class Ensemble:
             )
         return Ensemble(tuple(member.with_detector() for member in members))
 
-    def predict(self, photographs: Sequence[Any], table: pd.DataFrame | None = None) -> Answers:
+    def predict(self, photographs: Any, metadata: Any = None, exact: bool = False) -> Answers:
         """Returns what is said of photographs: the mean over the members.
 
         Each photograph is decoded once for each canvas among the members.
 
         Args:
-          photographs: n of them: paths, or what else `image.load` takes.
-          table: a row a photograph with any of age (years), sex and localization, for members that
-            take them.
+          photographs: one or several, n: paths, files' bytes, Pillow images or arrays uint8
+            [H, W, 3], see `image.load`.
+          metadata: what is known of them, for members that take it: a row a photograph with any of
+            age (years), sex and localization, as a DataFrame or what makes one; or one dict.
+          exact: fill each batch up to `eval.batch_size`, so that answers equal those of evaluation
+            to the last bit. Few photographs are answered faster without, to about 1e-6.
         """
-        num, codes = len(photographs), None
-        if self.takes_metadata:
-            codes = metadata.encode(pd.DataFrame(index=range(num)) if table is None else table)
+        if image_files.is_one(photographs):
+            photographs = [photographs]
+        num = len(photographs)
+        codes = encode(_table(metadata, num)) if self.takes_metadata else None
         raw = np.full((len(self.members), num, len(self.classes)), np.nan)
         scores = np.full(raw.shape[:2], np.nan)
         errors: dict[int, str] = {}
@@ -425,14 +524,20 @@ class Ensemble:
         for canvas in dict.fromkeys(canvases):
             chosen = [place for place, other in enumerate(canvases) if other == canvas]
             config = self.members[chosen[0]].config
-            for rows, images in _decoded(photographs, canvas, config, errors):
+            num_devices = self.members[0].forward.mesh.devices.size
+            size = config.eval.batch_size
+            if not exact:
+                size = min(size, -(-num // num_devices) * num_devices)
+            decoded = image_files.load_many(photographs, canvas, config.data.num_workers)
+            for rows, images in _in_batches(decoded, num, size, errors):
                 beside = None if codes is None else codes[rows]
                 for place in chosen:
                     member = self.members[place]
                     given = beside if member.takes_metadata else None
-                    raw[place, rows] = member.probabilities(images, given)
+                    raw[place, rows] = member.probabilities(images, given, batch_size=size)
                     if member.detector:
-                        scores[place, rows] = member.detector.score(member.features(images))
+                        features = member.features(images, batch_size=size)
+                        scores[place, rows] = member.detector.score(features)
         of_members = [s if m.detector else None for s, m in zip(scores, self.members, strict=True)]
         return self._answers(raw, detector.joined(of_members), errors)
 
@@ -530,10 +635,25 @@ def normalised(probabilities: np.ndarray) -> np.ndarray:
     return probabilities / probabilities.sum(-1, keepdims=True)
 
 
-def _decoded(
-    photographs: Sequence[Any],
-    canvas: tuple[int, int],
-    config: ml_collections.ConfigDict,
+def _table(metadata: Any, num_photographs: int) -> pd.DataFrame:
+    """Returns a row a photograph.
+
+    Raises:
+      InputError: there are more or fewer.
+    """
+    if isinstance(metadata, Mapping) and not any(isinstance(v, list) for v in metadata.values()):
+        metadata = [metadata] * num_photographs
+    table = pd.DataFrame(index=range(num_photographs)) if metadata is None else metadata
+    table = pd.DataFrame(table)
+    if len(table) != num_photographs:
+        raise InputError(f"There are metadata of {len(table)} for {num_photographs} photographs.")
+    return table
+
+
+def _in_batches(
+    decoded: Iterable[np.ndarray | image_files.ImageError],
+    num_photographs: int,
+    batch_size: int,
     errors: dict[int, str],
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     """Yields (numbers, pixels uint8 [k, H, W, 3]) of the readable ones, a batch at a time.
@@ -541,18 +661,17 @@ def _decoded(
     Why the others are not readable is added to `errors`.
     """
     rows: list[int] = []
-    batch = np.empty((config.eval.batch_size, *canvas, 3), np.uint8)
+    batch: list[np.ndarray] = []
     with console.progress("Predicting") as progress:
-        decoded = image_files.load_many(photographs, canvas, config.data.num_workers)
         for number, pixels in enumerate(decoded):
             if isinstance(pixels, image_files.ImageError):
                 errors[number] = str(pixels)
             else:
-                batch[len(rows)] = pixels
+                batch.append(pixels)
                 rows.append(number)
-            if len(rows) == len(batch):
-                yield rows, batch
-                rows = []
-            progress(number + 1, len(photographs))
+            if len(rows) == batch_size:
+                yield rows, np.stack(batch)
+                rows, batch = [], []
+            progress(number + 1, num_photographs)
     if rows:
-        yield rows, batch[: len(rows)]
+        yield rows, np.stack(batch)

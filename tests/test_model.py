@@ -1,11 +1,14 @@
 """A run's folder answers in Python as it does on the command line, to the last bit."""
 
+import io
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import ham_jax
 from ham_jax import config, model, parallel
@@ -50,7 +53,7 @@ def photographs(trained, tiny_raw):
 def test_a_loaded_run_answers_as_its_files_say(trained, photographs, tiny_records):
     loaded = ham_jax.load(trained)
     judged = predictions.read(trained / "predictions.csv")
-    answers = loaded.predict(photographs)
+    answers = loaded.predict(photographs, exact=True)
     decided = loaded.calibrator.apply("temperature", judged.probabilities)
     np.testing.assert_array_equal(answers.probabilities, decided.probabilities)
     np.testing.assert_array_equal(answers.calibrated.flagged, decided.flagged)
@@ -82,6 +85,37 @@ def test_an_ensemble_has_the_same_answers(trained, photographs, tmp_path):
     other = one.replace(classes=Classes(("a", "b")))
     with pytest.raises(InputError, match="only networks of the same classes"):
         model.Ensemble((one, other))
+
+
+def test_photographs_come_in_any_form_and_answers_one_by_one(trained, photographs):
+    loaded = ham_jax.load(trained)
+    path = Path(photographs[0])
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+        forms = [path, str(path), path.read_bytes(), io.BytesIO(path.read_bytes()), picture]
+        answers = loaded.predict([*forms, pixels, pixels.astype(float), b"no image"])
+        (alone,) = loaded.predict(picture)
+    reference = answers[0]
+    for answer in [*answers[1:6], alone]:  # a JPEG may be decoded at a smaller scale
+        assert answer.prediction == reference.prediction
+        for name, probability in answer.probabilities.items():
+            assert probability == pytest.approx(reference.probabilities[name], abs=0.02)
+    assert answers[1] == reference
+    assert list(reference.probabilities) == list(loaded.classes)
+    assert reference.flagged == (reference.malignancy >= loaded_threshold(loaded))
+    assert set(reference.prediction_set) <= set(loaded.classes)
+    assert [bool(answer.error) for answer in answers] == [False] * 6 + [True] * 2
+    assert "uint8 [H, W, 3], not float64" in answers[6].error
+    assert answers[-1] == answers[7]
+    with pytest.raises(IndexError):
+        answers[8]
+    with pytest.raises(FileNotFoundError):
+        print(loaded.card)
+    assert loaded.features(loaded.decode(photographs[:2])).shape == (2, 32)
+
+
+def loaded_threshold(loaded):
+    return loaded.calibrator.methods["temperature"]["thresholds"]["malignant"]
 
 
 def test_what_belongs_to_the_run_cannot_be_set_anew(trained):

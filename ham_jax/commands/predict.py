@@ -14,14 +14,10 @@ from ham_jax import DISCLAIMER, console, escape, files, parallel
 from ham_jax.classes import Classes
 from ham_jax.config import InputError
 from ham_jax.data import metadata, photographs
-from ham_jax.model import Answers, Ensemble, restore_all
+from ham_jax.model import Answer, Answers, Ensemble, restore_all
 
 _OOD = ("ood_score", "ood")
 _SHOWN_ROWS = 10
-
-# Those that cover 90 % of each diagnosis: sets that cover 90 % of all are shorter, but buy it with
-# the rare ones, melanoma among them.
-_SETS = "class_conditional"
 
 
 def run(
@@ -66,45 +62,33 @@ def run(
             metadata.encode(table),
             [name for name in metadata.COLUMNS if name not in table],
         )
-    answers = ensemble.predict(found.sources, table)
+    answers = ensemble.predict(found.sources, table, exact=True)
     if parallel.is_main():
-        rows = _rows(answers)
+        rows = [_row(answer, answers.classes) for answer in answers]
         _write(output, found, answers, rows)  # before anything is printed, so that it is there
         _print(found, answers, rows, output)
     return len(answers.read)
 
 
-def _rows(answers: Answers) -> list[list[str]]:
-    """Returns of each photograph the texts of prediction, probabilities, `_decisions` and _OOD."""
-    names, num_decisions = answers.classes.names, len(_decisions(answers.classes))
-    rows = [[""] * (1 + len(names) + num_decisions + len(_OOD)) for _ in answers.probabilities]
-    decided = answers.calibrated
-    for place, number in enumerate(answers.read):
-        probabilities = answers.probabilities[number]
-        decisions, marks = [""] * num_decisions, [""] * len(_OOD)
-        if decided is not None:
-            decisions[2] = _listed(answers.classes, decided.sets(_SETS)[place]) or "empty"
-            if answers.classes.malignant:
-                decisions[0] = repr(float(decided.malignancy[place]))
-                decisions[1] = "yes" if decided.flagged[place] else "no"
-        if answers.ood_scores is not None:
-            score = float(answers.ood_scores[number])
-            marks = [repr(score), "yes" if answers.unlike[number] else "no"]
-        first = names[probabilities.argmax()]
-        rows[number] = [first, *map(repr, probabilities.tolist()), *decisions, *marks]
-    return rows
+def _row(answer: Answer, classes: Classes) -> list[str]:
+    """Returns the texts of prediction, probabilities, `_decisions` and _OOD."""
+    decisions, marks = ["", "", ""], ["", ""]
+    if answer.error:
+        return ["", *[""] * len(classes), *decisions, *marks]
+    if answer.prediction_set is not None:
+        between = "; " if any(" " in name for name in classes) else " "
+        decisions[2] = between.join(answer.prediction_set) or "empty"
+    if answer.malignancy is not None:
+        decisions[:2] = repr(answer.malignancy), "yes" if answer.flagged else "no"
+    if answer.ood_score is not None:
+        marks = [repr(answer.ood_score), "yes" if answer.unlike else "no"]
+    return [answer.prediction, *map(repr, answer.probabilities.values()), *decisions, *marks]
 
 
 def _decisions(classes: Classes) -> tuple[str, ...]:
     """Returns the columns that the calibration fills."""
     is_class = "malignant" in (name.lower() for name in classes)
     return "any_malignant" if is_class else "malignant", "malignant_flag", "prediction_set"
-
-
-def _listed(classes: Classes, inside: np.ndarray) -> str:
-    """Returns the names in a set bool [C], with semicolons where a name has a space."""
-    between = "; " if any(" " in name for name in classes) else " "
-    return between.join(name for name, is_inside in zip(classes, inside, strict=True) if is_inside)
 
 
 def _tell_missing(codes: np.ndarray, absent: Sequence[str]) -> None:

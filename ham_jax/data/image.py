@@ -17,6 +17,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 import numpy as np
 import pillow_heif
@@ -92,7 +93,8 @@ def load(source, canvas: tuple[int, int]) -> np.ndarray:
     the file declares.
 
     Args:
-      source: a path, bytes, or an object whose `read()` returns bytes.
+      source: a path, a file's bytes, an object whose `read()` returns them, a Pillow image, or an
+        array uint8 [H, W, 3] in sRGB.
       canvas: height, width in pixels; a portrait canvas turns landscapes instead.
 
     Returns:
@@ -214,14 +216,40 @@ def _faults_named() -> Iterator[None]:
         raise ImageError(f"damaged or unreadable: {reason}") from error
 
 
+def is_one(photographs: Any) -> bool:
+    """Returns whether this is one photograph, as `load` takes it, and not several."""
+    if isinstance(photographs, np.ndarray):
+        return photographs.ndim < 4
+    one = (str, os.PathLike, bytes, Image.Image)
+    return isinstance(photographs, one) or hasattr(photographs, "read")
+
+
 def _bytes(source) -> bytes:
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
+            raise ImageError(
+                f"an array must be uint8 [H, W, 3], not {source.dtype} {list(source.shape)}"
+            )
+        source = Image.fromarray(source)
     if isinstance(source, str | os.PathLike):
         data = _file_bytes(source)
+    elif isinstance(source, Image.Image):
+        data = _png(source)
     else:
         data = source if isinstance(source, bytes) else source.read()
     if not data:
         raise ImageError("the file is empty")
     return data
+
+
+def _png(picture: Image.Image) -> bytes:
+    """Returns a picture as a file without loss, so that all are decoded on the same road."""
+    if picture.mode not in ("1", "L", "LA", "I;16", "P", "RGB", "RGBA"):
+        picture = picture.convert("RGB")
+    buffer = io.BytesIO()
+    about = {name: picture.info[name] for name in ("icc_profile", "exif") if name in picture.info}
+    picture.save(buffer, "PNG", compress_level=1, **about)
+    return buffer.getvalue()
 
 
 def _file_bytes(path: str | os.PathLike) -> bytes:

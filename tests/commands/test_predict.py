@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+import ham_jax
 from ham_jax import DISCLAIMER, config, escape, parallel
 from ham_jax.classes import HAM10000
 from ham_jax.commands import predict
@@ -220,6 +221,16 @@ def test_metadata_count_where_the_network_takes_them_and_only_there(
     np.testing.assert_array_equal(
         probabilities(trained, about), probabilities(trained, about[["path"]])
     )
+    asked = ham_jax.load(trained_with_metadata, overrides=[("eval.calibration", "none")])
+    paths = about["path"].tolist()
+    inside = asked.predict(paths, about[["age", "sex", "localization"]], exact=True)
+    np.testing.assert_array_equal(inside.probabilities, evaluated)
+    one, same = asked.predict(paths[:2], {"age": 50, "sex": "male"}, exact=True)
+    apart = asked.predict(paths[:2], [{"age": 50, "sex": "male"}] * 2, exact=True)
+    assert [one, same] == list(apart)
+    assert one.probabilities != dict(zip(HAM10000, evaluated[0].tolist(), strict=True))
+    with pytest.raises(InputError, match="metadata of 1 for 2 photographs"):
+        asked.predict(paths[:2], [{"age": 50}])
     evaluate.run([trained_with_metadata], "val", [], parallel.mesh(), tmp_path)
     again = predictions.read(tmp_path / "predictions.csv")
     np.testing.assert_array_equal(again.probabilities, evaluated)

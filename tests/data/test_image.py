@@ -362,3 +362,19 @@ def test_a_smaller_picture_keeps_its_shape(tmp_path):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ImageError, match="damaged"):
         image.smaller_png(path, 60)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_a_pillow_image_and_its_file_are_the_same_photograph(mode, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    picture = Image.fromarray(pixels).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    picture.save(path, exif=exif)
+    with Image.open(path) as opened:
+        np.testing.assert_array_equal(image.load(opened, (30, 40)), image.load(path, (30, 40)))
+    np.testing.assert_array_equal(image.load(pixels, (30, 40)), pixels)
+    for odd in (pixels[..., 0], pixels.astype(np.float32), pixels[..., :2]):
+        with pytest.raises(image.ImageError, match=r"uint8 \[H, W, 3\]"):
+            image.load(odd, (30, 40))
