@@ -503,6 +503,9 @@ def run() -> None:
         faults = [f"ham_jax: {escape.lines(fault)}" for fault in error.faults]
         print("\n".join(faults), file=sys.stderr)
         _leave(_BAD_INPUT)
+    except BrokenPipeError:  # nobody reads the output any more, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave(_SYSTEM_FAILED)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         at = traceback.extract_tb(error.__traceback__)[-1]

@@ -195,6 +195,12 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(arguments, 
     assert {path.name for path in tmp_path.rglob("*")} == {"run", "taken"}
 
 
+def test_help_may_be_read_in_part():
+    command = f"{sys.executable} -m ham_jax.main --help | head -n 1"
+    ended = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert (len(ended.stdout.splitlines()), ended.stderr) == (1, "")
+
+
 def test_a_system_that_fails_is_one_sentence(tmp_path):
     """What no check foresees, such as a disk that fails, ends without a traceback, too."""
     (tmp_path / "run/predictions.csv").mkdir(parents=True)
