@@ -374,6 +374,17 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     return f" Did you mean {match[0]!r}?" if match else ""
 
 
+def choice_faults(name: str, value: Any, allowed: Iterable[Any]) -> list[str]:
+    """Returns a sentence if a key's value is none of those allowed, or one of earlier versions."""
+    if instead := _REMOVED_CHOICES.get((name, str(value))):
+        return [f"{name} = {value!r} is no longer available: {instead}."]
+    allowed = list(allowed)
+    if value in allowed:
+        return []
+    hint = nearest(str(value), map(str, allowed))
+    return [f"{name} = {value!r} must be one of {', '.join(map(repr, allowed))}.{hint}"]
+
+
 def _no_such_key(path: str) -> str:
     """Returns the sentence for a path that no key has, with the key that may be meant."""
     if path in _REMOVED_KEYS:
@@ -608,14 +619,8 @@ def _type_faults(values: Mapping[str, Any]) -> list[str]:
 
 def _value_faults(key: Key, value: Any) -> list[str]:
     """Returns the faults of a value of the right type."""
-    if instead := _REMOVED_CHOICES.get((key.name, str(value))):
-        return [f"{key.name} = {value!r} is no longer available: {instead}."]
-    if key.choices and value not in key.choices:
-        hint = nearest(str(value), map(str, key.choices))
-        allowed = ", ".join(map(repr, key.choices))
-        return [f"{key.name} = {value!r} must be one of {allowed}.{hint}"]
-    if not key.range:
-        return []
+    if not key.range:  # where there are no choices, any but a removed one will do
+        return choice_faults(key.name, value, key.choices or (value,))
     low, high = key.range
     if key.is_duration:
         ((unit, amount),) = value.items()

@@ -386,7 +386,7 @@ def _config_faults(mode: Mode, call: Call) -> list[str]:
     from ham_jax.training import losses, optim
 
     for room in (models, losses, optim):
-        faults += room.faults(call.config)
+        faults += [fault for fault in room.faults(call.config) if fault not in faults]
     values = configuration.flatten(call.config)
     overridden = {key for key, _ in call.overrides}
     return faults + [

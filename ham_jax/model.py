@@ -467,6 +467,8 @@ class Ensemble:
     members: tuple[Model, ...]
 
     def __post_init__(self):
+        if not self.members:
+            raise InputError("No run was named: give the folder of at least one.")
         first = self.members[0]
         for member in self.members[1:]:
             if member.classes.names != first.classes.names:

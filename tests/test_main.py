@@ -52,10 +52,10 @@ def test_overrides_are_taken_out_of_the_command_line():
         (
             [
                 *("--config={root}/configs/demo.py", "--config.loss.imbalance=weigthed"),
-                *("--config.model.name=convnext_ato", "--config.optim.name=adam"),
+                *("--config.model.name=convnext_ato", "--config.optim.name=lamb"),
                 "--config.data.fold=9",
             ],
-            ["Did you mean 'weighted'?", "'convnext_atto'", "'adamw'", "fold = 9"],
+            ["Did you mean 'weighted'?", "'convnext_atto'", "no longer available", "fold = 9"],
         ),
         (["--mode=eval"], ["needs --workdir"]),
         (["--mode=robustness"], ["--mode=robustness needs --workdir"]),

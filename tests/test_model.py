@@ -85,6 +85,12 @@ def test_an_ensemble_has_the_same_answers(trained, photographs, tmp_path):
     other = one.replace(classes=Classes(("a", "b")))
     with pytest.raises(InputError, match="only networks of the same classes"):
         model.Ensemble((one, other))
+    with pytest.raises(InputError, match="No run was named"):
+        ham_jax.load([])
+    assert len(one.predict([])) == 0
+    few = one.predict(photographs[:3])  # in a batch of their own
+    filled = one.predict(photographs[:3], exact=True)
+    np.testing.assert_allclose(few.probabilities, filled.probabilities, atol=1e-5)
 
 
 def test_photographs_come_in_any_form_and_answers_one_by_one(trained, photographs):

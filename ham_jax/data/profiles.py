@@ -59,8 +59,8 @@ def _transform(profile: bytes) -> tuple[str | None, ImageCms.ImageCmsTransform |
         colours = np.stack(np.meshgrid(*[np.arange(0, 256, 15, dtype=np.uint8)] * 3), -1)
         probe = Image.fromarray(colours.reshape(1, -1, 3)).convert(mode)
         after = transform.apply(probe)
-    # The profile of a good picture may be damaged in any way: then it is as if there were none.
-    except Exception:
+    # The profile of a good picture may be damaged, or be for no picture: as if there were none.
+    except (ImageCms.PyCMSError, OSError, KeyError, ValueError):
         return None, None
     change = np.asarray(after, np.int16) - np.asarray(probe.convert("RGB"))
     return (mode, transform) if np.abs(change).max() > _SAME_COLOUR else (None, None)

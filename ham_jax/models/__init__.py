@@ -38,10 +38,7 @@ def family_of(name: str) -> Family:
     for family in FAMILIES:
         if name in family.names:
             return family
-    raise InputError(
-        f"model.name = {name!r} must be one of {', '.join(map(repr, names()))}."
-        f"{configuration.nearest(name, names())}"
-    )
+    raise InputError(configuration.choice_faults("model.name", name, names()))
 
 
 def faults(config: ml_collections.ConfigDict) -> list[str]:

@@ -270,15 +270,9 @@ def convert(
         trees,
     )
     mean, std = (tuple(map(float, values[_NORMALIZE + name].ravel())) for name in ("mean", "std"))
-    report = Report(
-        source,
-        len(taken),
-        sum(tensors[name].size for name in taken),
-        tuple(path.removeprefix("params/") for path in fresh),
-        left,
-        mean,
-        std,
-    )
+    num_values = sum(tensors[name].size for name in taken)
+    kept = tuple(path.removeprefix("params/") for path in fresh)
+    report = Report(source, len(taken), num_values, kept, left, mean, std)
     return filled["params"], filled["batch_stats"], report
 
 

@@ -46,11 +46,7 @@ def faults(config: ml_collections.ConfigDict) -> list[str]:
     Args:
       config: the whole configuration.
     """
-    name = config.loss.imbalance
-    if name in LOSSES:
-        return []
-    hint = configuration.nearest(name, LOSSES)
-    return [f"loss.imbalance = {name!r} must be one of {', '.join(map(repr, LOSSES))}.{hint}"]
+    return configuration.choice_faults("loss.imbalance", config.loss.imbalance, LOSSES)
 
 
 def make_loss(

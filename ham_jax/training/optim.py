@@ -57,11 +57,7 @@ def faults(config: ml_collections.ConfigDict) -> list[str]:
     Args:
       config: the whole configuration.
     """
-    name = config.optim.name
-    if name in OPTIMIZERS:
-        return []
-    hint = configuration.nearest(name, OPTIMIZERS)
-    return [f"optim.name = {name!r} must be one of {', '.join(map(repr, OPTIMIZERS))}.{hint}"]
+    return configuration.choice_faults("optim.name", config.optim.name, OPTIMIZERS)
 
 
 def make(config: ml_collections.ConfigDict, learning_rate: Schedule, params: Tree) -> Optimizer:
