@@ -54,6 +54,7 @@ class Key:
         how they travel or what is shown, never the numbers that training produces.
       free_in_evaluation: a trained run may be evaluated with another value.
       is_path: `~` and `$VARIABLE` in the value are replaced.
+      several: there may be several such paths, with commas between.
       is_duration: the value is {'epochs': n} or {'steps': n}.
     """
 
@@ -66,6 +67,7 @@ class Key:
     free_on_resume: bool = False
     free_in_evaluation: bool = False
     is_path: bool = False
+    several: bool = False
     is_duration: bool = False
 
     @property
@@ -104,13 +106,17 @@ KEYS = (
         " metadata without photographs.", free_on_resume=True, free_in_evaluation=True),
     Key("data.synthetic_images", 0, "If positive, draw this many synthetic lesions into data.dir.",
         range=(0, _INF)),
-    Key("data.split_csv", None, "CSV with your own split: columns image_id and split (train, val or"
-        " test).", str, is_path=True),
+    Key("data.split_csv", None, "CSV with your own split: columns image_id and split (train, val,"
+        " test or unused).", str, is_path=True),
     Key("data.split_seed", None, "Seed of the folds. None: the value of seed.", int),
-    Key("data.num_folds", 5, "Number of folds, made of whole lesions and stratified by diagnosis.",
-        range=(2, _INF)),
+    Key("data.num_folds", 5, "Number of folds, made of whole lesions and stratified by diagnosis."
+        " 1: all that is not set aside trains, and data.val_share validates.", range=(1, _INF)),
     Key("data.fold", 0, "The fold used for validation; the others are used for training.",
         range=(0, _INF)),
+    Key("data.test_share", 0.0, "Share of the lesions of each diagnosis that is set aside as split"
+        " 'test', which no fold ever sees.", range=(0, 0.4)),
+    Key("data.val_share", 0.0, "Likewise a share that validates the network of data.num_folds = 1,"
+        " such as one that the folds teach (loss.teacher). No fold uses it.", range=(0, 0.4)),
     Key("data.feed", "auto", "How images reach the device: 'stream' reads them with tf.data,"
         " 'resident' keeps the whole split on the device as uint8, 'auto' picks one of the two.",
         choices=("auto", "stream", "resident"), free_on_resume=True),
@@ -168,6 +174,13 @@ KEYS = (
     Key("loss.focal_gamma", 2.0, "Exponent of the focal loss.", range=(0, _INF)),
     Key("loss.logit_tau", 1.0, "Factor of the log prior in the logit-adjusted loss.",
         range=(0, _INF)),
+    Key("loss.teacher", None, "Folders of trained runs, with commas between, or of a"
+        " cross-validation: training also learns their mean probabilities.", str, is_path=True,
+        several=True),
+    Key("loss.teacher_share", 0.5, "Share of the loss that is the divergence from the teachers; the"
+        " rest is the loss of the diagnoses.", range=(0, 1)),
+    Key("loss.teacher_temperature", 1.0, "Divides the logits of teachers and network in that"
+        " divergence: the higher, the softer.", range=(0.1, 100)),
 
     Key("optim.name", "sgd", "The optimiser: sgd (with Nesterov momentum), adamw or muon."),
     Key("optim.learning_rate", 0.05, "Peak learning rate, reached after the warm-up; it then decays"
@@ -423,14 +436,24 @@ def override(config: ml_collections.ConfigDict, texts: Sequence[tuple[str, str]]
         except (ValueError, SyntaxError):
             faults.append(f"--config.{path}={text}: this is not {_kind_name(_BY_NAME[path])}.")
     values = flatten(config)
-    for path in (key.name for key in KEYS if key.is_path):
-        value = values.get(path)
-        if isinstance(value, str) and not value.startswith(_NO_PATH):
+    for key in (key for key in KEYS if key.is_path):
+        value = values.get(key.name)
+        if isinstance(value, str):
+            parts = paths(value) if key.several else [value]
             try:
-                _set(config, path, expand(value, f"--config.{path}"))
+                expanded = [
+                    part if part.startswith(_NO_PATH) else expand(part, f"--config.{key.name}")
+                    for part in parts
+                ]
+                _set(config, key.name, ",".join(expanded))
             except InputError as error:
                 faults += error.faults
     return faults
+
+
+def paths(text: str) -> list[str]:
+    """Returns the paths of a text with commas between; what exists under it is one path."""
+    return [text] if os.path.exists(text) else [part.strip() for part in text.split(",")]
 
 
 def key_name(path: str) -> str:
@@ -525,6 +548,8 @@ def validate(config: ml_collections.ConfigDict, num_devices: int = 1) -> None:
         faults += _value_faults(key, values[key.name])
     for rule in (
         _fold_faults,
+        _share_faults,
+        _teacher_faults,
         _canvas_faults,
         _class_faults,
         _crop_faults,
@@ -642,6 +667,28 @@ def _fold_faults(config) -> list[str]:
         f"data.fold = {config.data.fold} must be below data.num_folds ="
         f" {config.data.num_folds}: folds count from 0."
     ]
+
+
+def _share_faults(config) -> list[str]:
+    data, faults = config.data, []
+    if data.split_csv and (data.test_share or data.val_share):
+        faults.append(
+            f"data.split_csv = {data.split_csv!r} says which lesions are test and validation: leave"
+            " out data.test_share and data.val_share."
+        )
+    if data.num_folds == 1 and not (data.val_share or data.split_csv):
+        faults.append(
+            "data.num_folds = 1 leaves nothing to validate: set data.val_share, such as 0.1, or 2"
+            " folds or more."
+        )
+    return faults
+
+
+def _teacher_faults(config) -> list[str]:
+    teacher = config.loss.teacher
+    if teacher is None or all(paths(teacher)):
+        return []
+    return [f"loss.teacher = {teacher!r} names a folder without a name."]
 
 
 def _canvas_faults(config) -> list[str]:
@@ -776,6 +823,8 @@ def _batch_faults(config, num_devices: int) -> list[str]:
 def allowed(key: Key) -> str:
     """Returns the values that a key may have, such as 'a number from 0 to 0.9'."""
     words = "a path" if key.is_path else _KIND_NAMES[key.kind].removesuffix(" such as (1, 2)")
+    if key.several:
+        words = "paths"
     if key.choices:
         words = "one of " + ", ".join(map(str, key.choices))
     elif key.range:

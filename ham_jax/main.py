@@ -318,8 +318,7 @@ def _read_flags(faults: list[str]) -> Call:
     def several(text: str | None, flag: str) -> list[str]:
         if text is None:
             return []
-        parts = [text] if os.path.exists(text) else text.split(",")  # a comma may be in a name
-        return [expanded(part.strip(), flag) for part in parts]
+        return [expanded(part, flag) for part in configuration.paths(text)]
 
     value = {name: flags.FLAGS[name].value for name in _FLAGS}
     workdirs = several(value["workdir"], "--workdir")

@@ -21,7 +21,7 @@ class Dataset:
 
     Attributes:
       records: the training set's images and table.
-      split: 'train', 'val' or 'test' of each of its records.
+      split: of each of its records, one of `splits.SPLITS`.
       test_records: the official test set, if `data.test_dir` is given.
       audit: what `splits.audit` found.
     """
@@ -44,12 +44,12 @@ class Dataset:
             raise InputError(
                 f"There is no image in split {name!r}. For the official test give"
                 " --config.data.test_dir=FOLDER (--config.data.download=true fetches it);"
-                " a data.split_csv may name one too."
+                " in training data.test_share or data.split_csv may set one aside."
             )
         return Subset(self.records, rows)
 
     def held_out(self) -> pd.DataFrame:
-        """Returns the table of what does not train: the images of val, test and test_dir."""
+        """Returns the table of what does not train: all images but those of 'train'."""
         table = self.records.table[self.split != "train"]
         return table if self.test_records is None else pd.concat([table, self.test_records.table])
 
@@ -71,7 +71,7 @@ def prepare(config: ml_collections.ConfigDict) -> Dataset:
             " data.download=false."
         )
     if data.synthetic_images and parallel.is_main():
-        min_lesions = 1 if data.split_csv else data.num_folds
+        min_lesions = 1 if data.split_csv else splits.min_lesions(data)
         synthetic.write(
             Path(data.dir), data.synthetic_images, config.seed, classes, min_lesions=min_lesions
         )

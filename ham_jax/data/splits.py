@@ -5,6 +5,8 @@ recognise lesions instead of diagnosing them. Here a lesion's images always stay
 """
 
 import dataclasses
+import hashlib
+import math
 import os
 import pathlib
 from collections import defaultdict
@@ -20,7 +22,7 @@ from ham_jax.classes import Classes
 from ham_jax.config import InputError, nearest
 from ham_jax.data import metadata, tables
 
-SPLITS = ("train", "val", "test")
+SPLITS = ("train", "val", "test", "unused")
 METADATA = (*metadata.COLUMNS, "dx_type")
 
 
@@ -42,15 +44,8 @@ def folds(table: pd.DataFrame, num_folds: int, seed: int) -> np.ndarray:
       InputError: a lesion has several diagnoses, a class has fewer lesions than folds, or the
         seed is out of range.
     """
-    lesions = table[["lesion_id", "dx"]].drop_duplicates().sort_values(["lesion_id", "dx"])
+    lesions, faults = _lesions(table)
     dx = lesions["dx"].to_numpy()
-    faults = []
-    mixed = lesions.loc[lesions["lesion_id"].duplicated(), "lesion_id"].unique()
-    if len(mixed):
-        faults.append(
-            f"metadata: {len(mixed)} lesion(s) have more than one dx: {_some(mixed)}."
-            " A lesion has one diagnosis; correct dx or lesion_id."
-        )
     sizes = lesions["dx"].value_counts().sort_index()
     small = sizes[sizes < num_folds]
     if len(small):
@@ -76,8 +71,63 @@ def folds(table: pd.DataFrame, num_folds: int, seed: int) -> np.ndarray:
     return fold.loc[table["lesion_id"]].to_numpy()
 
 
+def set_aside(table: pd.DataFrame, data_config: Any, seed: int) -> np.ndarray:
+    """Cuts off the lesions that no fold has, a share of each diagnosis.
+
+    The lesions of a diagnosis come in the order of a checksum of seed and lesion_id. The first
+    `data.test_share` of them, rounded, are the test, whatever `data.val_share` is; the next
+    `data.val_share` are validation. A positive share is at least one lesion.
+
+    Args:
+      table: one row an image, with the columns `lesion_id` and `dx`.
+      data_config: the configuration's section `data`.
+      seed: of the order.
+
+    Returns:
+      str [n]: 'test', 'val' or, of what remains for the folds, ''.
+
+    Raises:
+      InputError: a lesion has several diagnoses, or fewer of a class remain than there are folds.
+    """
+    shares = {"test": data_config.test_share, "val": data_config.val_share}
+    if not any(shares.values()):
+        return np.full(len(table), "")
+    lesions, faults = _lesions(table)
+    lesions["order"] = [
+        hashlib.sha256(f"{seed} {name}".encode()).hexdigest() for name in lesions["lesion_id"]
+    ]
+    part, small = pd.Series("", index=lesions["lesion_id"], dtype=object), []
+    for dx, of_class in lesions.sort_values("order").groupby("dx", observed=True):
+        names, start = of_class["lesion_id"].to_numpy(), 0
+        for name, share in shares.items():
+            count = max(1, round(share * len(names))) if share else 0
+            part[names[start : start + count]] = name
+            start += count
+        if len(names) - start < data_config.num_folds:
+            small.append(f"{dx} {max(0, len(names) - start)} of {len(names)}")
+    if small:
+        faults.append(
+            f"data.test_share = {shares['test']} and data.val_share = {shares['val']} leave fewer"
+            f" lesions of a class than data.num_folds = {data_config.num_folds}"
+            f" ({', '.join(small)}): set smaller shares or fewer folds, or add images."
+        )
+    if faults:
+        raise InputError(faults)
+    return part.loc[table["lesion_id"]].to_numpy(str)
+
+
+def min_lesions(data_config: Any) -> int:
+    """Returns how many lesions of a class are enough for its folds and shares."""
+    shares = [share for share in (data_config.test_share, data_config.val_share) if share]
+    # Rounded up, each share takes at most one lesion more than its part.
+    return math.ceil((data_config.num_folds + len(shares)) / (1 - sum(shares)))
+
+
 def assign(table: pd.DataFrame, data_config: Any, seed: int) -> np.ndarray:
     """Returns the split of each row, from the user's CSV where one is given, else from the folds.
+
+    What `set_aside` calls validation is that of a network for which all folds train
+    (`data.num_folds` = 1), and unused where one of several folds validates.
 
     Args:
       table: one row an image, with the columns `image_id`, `lesion_id` and `dx`.
@@ -85,17 +135,23 @@ def assign(table: pd.DataFrame, data_config: Any, seed: int) -> np.ndarray:
       seed: of the folds, unless `data.split_seed` is set.
 
     Returns:
-      str [n]: 'train' or 'val'; from a CSV also 'test'.
+      str [n]: one of `SPLITS`.
 
     Raises:
-      InputError: see `folds`; and all that is wrong with the CSV.
+      InputError: see `folds` and `set_aside`; and all that is wrong with the CSV.
     """
     if data_config.split_csv:
         return _from_csv(table, data_config.split_csv)
     if data_config.split_seed is not None:
         seed = data_config.split_seed
-    fold = folds(table, data_config.num_folds, seed)
-    return np.where(fold == data_config.fold, "val", "train")
+    aside = set_aside(table, data_config, seed)
+    rest = aside == ""
+    if data_config.num_folds == 1:
+        return np.where(rest, "train", aside)
+    split = np.where(aside == "val", "unused", aside).astype(object)
+    fold = folds(table[rest], data_config.num_folds, seed)
+    split[rest] = np.where(fold == data_config.fold, "val", "train")
+    return split.astype(str)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -266,7 +322,7 @@ def _read_csv(path: str | os.PathLike) -> pd.DataFrame:
 def _from_csv(table: pd.DataFrame, path: str) -> np.ndarray:
     """Returns the split of each row as the user's CSV says; see `assign`."""
     where = f"data.split_csv = {os.fspath(path)!r}"
-    needed = "It needs the columns image_id (or lesion_id) and split (train, val or test)."
+    needed = "It needs the columns image_id (or lesion_id) and split (train, val, test or unused)."
     try:
         rows = tables.read(path)
     except tables.TableError as error:
@@ -291,7 +347,7 @@ def _from_csv(table: pd.DataFrame, path: str) -> np.ndarray:
     names = sorted(set().union(*given.values()).difference(SPLITS))
     if names:
         hint = nearest(names[0].lower(), SPLITS)
-        faults.append(f"{where}: split {_some(names)} must be one of train, val, test.{hint}")
+        faults.append(f"{where}: split {_some(names)} must be one of {', '.join(SPLITS)}.{hint}")
     lists = {
         f"are not in the data: remove them, or add the images ({key})": given.keys() - known,
         f"of the data have no split: give each {key} one": known - given.keys(),
@@ -316,6 +372,16 @@ def _from_csv(table: pd.DataFrame, path: str) -> np.ndarray:
     if faults:
         raise InputError(faults)
     return split
+
+
+def _lesions(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Returns (lesion_id and dx of each lesion, sorted; a fault where one has several dx)."""
+    lesions = table[["lesion_id", "dx"]].drop_duplicates().sort_values(["lesion_id", "dx"])
+    mixed = lesions.loc[lesions["lesion_id"].duplicated(), "lesion_id"].unique()
+    if not len(mixed):
+        return lesions, []
+    fault = f"metadata: {len(mixed)} lesion(s) have more than one dx: {_some(mixed)}."
+    return lesions, [f"{fault} A lesion has one diagnosis; correct dx or lesion_id."]
 
 
 def _blank(column: pd.Series) -> pd.Series:

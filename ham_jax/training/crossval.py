@@ -9,9 +9,10 @@ import ml_collections
 import numpy as np
 
 from ham_jax import checkpoints, console, parallel
+from ham_jax import config as configuration
 from ham_jax.config import InputError
 from ham_jax.data import prepare as preparation
-from ham_jax.data.records import Records, Subset
+from ham_jax.data.records import Subset
 from ham_jax.evaluation import calibration, evaluate, leakage, predictions
 from ham_jax.evaluation.predictions import Predictions
 from ham_jax.inference.decision import Calibrated
@@ -42,6 +43,8 @@ def train(
       loop.Preempted: asked to stop; the state is saved.
       InputError: data or workdir do not fit the configuration.
     """
+    if config.data.num_folds == 1:
+        raise InputError("data.num_folds = 1 is a single run: set 2 or more, or --mode=train.")
     if checkpoints.has_checkpoints(workdir):
         raise InputError(f"--workdir={workdir} holds a single run; choose another --workdir.")
     with checkpoints.claimed(workdir):
@@ -54,9 +57,13 @@ def _train(
     mesh: jax.sharding.Mesh,
     preemption: parallel.Preemption,
 ) -> dict[str, Any]:
-    records = preparation.prepare(config).records
+    data = preparation.prepare(config)
+    records = data.records
     if config.model.pretrained:
         leakage.refuse_trained_on(config.model.pretrained, records.table, "model.pretrained")
+    if config.loss.teacher:
+        for teacher in configuration.paths(config.loss.teacher):
+            leakage.refuse_trained_on(teacher, records.table, "loss.teacher")
     num_folds = config.data.num_folds
     folders = [checkpoints.fold_folder(workdir, fold) for fold in range(num_folds)]
     folds = []
@@ -70,8 +77,9 @@ def _train(
         numbers = loop.train(config_of_fold, folder, mesh, preemption)
         folds.append({key: numbers[key] for key in ("balanced_accuracy", "num_images", "step")})
     parallel.barrier("folds")  # the main process has written the last predictions
+    in_folds = Subset(records, np.flatnonzero(np.isin(data.split, ("train", "val"))))
     judged, calibrated = _joined(
-        [folder / "predictions.csv" for folder in folders], records, config.eval.calibration
+        [folder / "predictions.csv" for folder in folders], in_folds, config.eval.calibration
     )
     provenance = {
         "num_folds": num_folds,
@@ -83,13 +91,13 @@ def _train(
 
 
 def _joined(
-    files: Sequence[Path], records: Records, method: str
+    files: Sequence[Path], images: Subset, method: str
 ) -> tuple[Predictions, Calibrated | None]:
     """Returns the predictions of each image by the one file that has it, and its decisions.
 
     Args:
       files: predictions, one a fold.
-      records: the images, in the order of what is returned.
+      images: those of all folds, in the order of what is returned.
       method: of calibration.
 
     Returns:
@@ -99,7 +107,7 @@ def _joined(
     Raises:
       InputError: an image is in no file or in several.
     """
-    image_ids = records.table["image_id"].tolist()
+    image_ids = images.table["image_id"].tolist()
     parts = [predictions.read(file) for file in files]
     place = {image_id: number for number, image_id in enumerate(image_ids)}
     ids = [image_id for part in parts for image_id in part.image_ids]
@@ -113,6 +121,5 @@ def _joined(
     scores = None
     if all("ood_score" in part.metadata for part in parts):
         scores = whole.metadata["ood_score"].to_numpy()
-    images = Subset(records, np.arange(len(image_ids)))
-    judged = Predictions.of(images, records.classes, whole.probabilities, scores)
+    judged = Predictions.of(images, images.records.classes, whole.probabilities, scores)
     return judged, calibration.decide(judged, "crossval", method, folds=folds)

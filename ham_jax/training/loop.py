@@ -20,9 +20,9 @@ from ham_jax.data import prepare as preparation
 from ham_jax.data.records import Subset
 from ham_jax.evaluation import evaluate, leakage, metrics
 from ham_jax.evaluation.predictions import Predictions
-from ham_jax.model import Model, judged_weights
+from ham_jax.model import Model, Variables, judged_weights
 from ham_jax.models import pretrained
-from ham_jax.training import losses, optim, step, telemetry
+from ham_jax.training import distill, losses, optim, step, telemetry
 
 _AHEAD = 2  # dispatches before the oldest must be ready: bounds the batches in memory
 _STEPS_PER_DISPATCH = 8  # at most, where the number is not given
@@ -172,6 +172,7 @@ class Run:
       schedule: step -> learning rate.
       loss: from `losses.make_loss`.
       plan: the steps.
+      teachers: see `distill`.
     """
 
     config: ml_collections.ConfigDict
@@ -185,11 +186,17 @@ class Run:
     schedule: optim.Schedule
     loss: losses.Loss
     plan: Plan
+    teachers: tuple[Model, ...]
 
     @property
     def network(self) -> models.Network:
         """The network's pure functions."""
         return self.model.forward.network
+
+    @property
+    def taught(self) -> tuple[Variables, ...]:
+        """The teachers' weights."""
+        return tuple(teacher.variables for teacher in self.teachers)
 
     @functools.cached_property
     def meta(self) -> dict[str, Any]:
@@ -208,7 +215,9 @@ class Run:
         def of(crop_px: int):
             sized = self.config.copy_and_resolve_references()
             sized.augment.crop_px = crop_px
-            return step.make_train_step(self.network, self.optimizer, self.loss, sized, self.mesh)
+            return step.make_train_step(
+                self.network, self.optimizer, self.loss, sized, self.mesh, self.teachers
+            )
 
         return of
 
@@ -221,10 +230,13 @@ def _prepared(
     network, weights = model.forward.network, None
     if config.model.pretrained and not checkpoints.has_checkpoints(workdir):
         weights = _pretrained(network, config)
+    teachers = distill.load(config, mesh)
     data = preparation.prepare(config)
     images, val_images = data.select("train"), data.select("val")
     if weights:
         leakage.refuse_trained_on(config.model.pretrained, data.held_out(), "model.pretrained")
+    for teacher in teachers:
+        leakage.refuse_trained_on(teacher.name, data.held_out(), "loss.teacher")
     if model.takes_metadata:
         metadata.warn_unknown(data.records.table)
     plan = Plan.of(config, len(images))
@@ -233,9 +245,21 @@ def _prepared(
     optimizer = optim.make(config.optim, schedule, params)
     counts = np.bincount(images.labels, minlength=len(model.classes))
     loss = losses.make_loss(config.loss, counts, model.classes.names)
-    return Run(
-        config, workdir, mesh, data, images, val_images, model, optimizer, schedule, loss, plan
-    ), weights
+    run = Run(
+        config,
+        workdir,
+        mesh,
+        data,
+        images,
+        val_images,
+        model,
+        optimizer,
+        schedule,
+        loss,
+        plan,
+        teachers,
+    )
+    return run, weights
 
 
 def _resumed(run: Run, saved: checkpoints.Checkpoints, state: step.State) -> step.State:
@@ -353,7 +377,8 @@ class _Steps:
             self._log.profile(before)
             with self._log.waiting():
                 batch = next(batches)
-            state, scalars = self._run.train_step(plan.crop_px(before))(state, batch)
+            take = self._run.train_step(plan.crop_px(before))
+            state, scalars = take(state, batch, self._run.taught)
             self._unlogged.append(scalars)
             self._ahead.append(scalars["loss"])
             if len(self._ahead) > _AHEAD:
@@ -485,7 +510,7 @@ def _peak_images_per_s(run: Run, state: step.State) -> float | None:
     if config.model.metadata:
         batch["metadata"] = jax.ShapeDtypeStruct((size, metadata.NUM_METADATA), np.float32)
     take = run.train_step(config.augment.crop_px)
-    return run.mesh.devices.size * peak / step.flop_per_image(take, state, batch)
+    return run.mesh.devices.size * peak / step.flop_per_image(take, state, batch, run.taught)
 
 
 def _order(run: Run) -> feed.Order:

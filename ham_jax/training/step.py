@@ -5,7 +5,7 @@ The state is plain nested dicts: `step` int32 [], `params`, `batch_stats`, `opt_
 (seed, step), so it is not state.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +15,9 @@ import optax
 
 from ham_jax import parallel
 from ham_jax.data import metadata
+from ham_jax.model import Model, Variables
 from ham_jax.models import Network, Tree
-from ham_jax.training import augment, losses, optim
+from ham_jax.training import augment, distill, losses, optim
 from ham_jax.training.streams import Stream
 
 State = dict[str, Any]
@@ -65,15 +66,18 @@ def init_state(
     return parallel.replicate(mesh, jax.tree.map(jnp.copy, state))
 
 
-def flop_per_image(train_step, state: State, batch: Mapping[str, Any]) -> float:
+def flop_per_image(
+    train_step, state: State, batch: Mapping[str, Any], taught: Sequence[Variables] = ()
+) -> float:
     """Returns the floating-point operations of a train step by XLA's count, an image of a batch.
 
     Args:
       train_step: from `make_train_step`.
       state: arrays or their shapes.
       batch: arrays or their shapes, of one step.
+      taught: the teachers' weights, or their shapes.
     """
-    return train_step.lower(state, batch).cost_analysis()["flops"] / len(batch["label"])
+    return train_step.lower(state, batch, taught).cost_analysis()["flops"] / len(batch["label"])
 
 
 def make_train_step(
@@ -82,8 +86,9 @@ def make_train_step(
     loss: losses.Loss,
     config: ml_collections.ConfigDict,
     mesh: jax.sharding.Mesh,
-) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
-    """Returns the compiled step: (state, batch) -> (state, scalars).
+    teachers: Sequence[Model] = (),
+) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+    """Returns the compiled step: (state, batch, taught=()) -> (state, scalars).
 
     A batch with one more axis in front is that many steps, one after the other, as one program.
 
@@ -93,22 +98,24 @@ def make_train_step(
       loss: from `losses.make_loss`.
       config: the whole configuration.
       mesh: the devices, axis `data`.
+      teachers: see `distill`.
 
     Returns:
-      A function of a state and a global batch: `image` uint8 [B, H, W, 3], `label` int32 [B] and,
-      for a network that takes it, `metadata` float32 [B, M]. The scalars are the batch's `loss`,
+      A function of a state, a global batch: `image` uint8 [B, H, W, 3], `label` int32 [B] and,
+      for a network that takes it, `metadata` float32 [B, M]; and of the weights of each teacher,
+      which are neither state nor consumed. The scalars are the batch's `loss`,
       `accuracy` (arg-max against the target's arg-max) and `grad_norm`, [] or [number of steps].
       On GPU and TPU the state given is consumed; on CPU, where donating costs time, it is not.
     """
     root = jax.random.key(config.seed)
-    gradient = _gradient(network, loss, config)
+    gradient = _gradient(network, loss, config, teachers)
 
-    def train_step(state: State, batch: Batch):
+    def train_step(state: State, batch: Batch, taught: Sequence[Variables]):
         key = jax.random.fold_in(root, state["step"])
         seen = _seen(key, batch, config)
         of_model = jax.random.fold_in(key, Stream.MODEL)
         (value, (accuracy, batch_stats)), grads = gradient(
-            state["params"], state["batch_stats"], seen, of_model
+            state["params"], state["batch_stats"], seen, of_model, taught
         )
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
@@ -126,10 +133,10 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         return state, {"loss": value, "accuracy": accuracy, "grad_norm": grad_norm}
 
-    def train_steps(state: State, batch: Batch):
+    def train_steps(state: State, batch: Batch, taught: Sequence[Variables] = ()):
         if batch["label"].ndim == 1:
-            return train_step(state, batch)
-        return jax.lax.scan(train_step, state, batch)
+            return train_step(state, batch, taught)
+        return jax.lax.scan(lambda state, batch: train_step(state, batch, taught), state, batch)
 
     donate = () if jax.default_backend() == "cpu" else (0,)
     return jax.jit(train_steps, out_shardings=parallel.replicated(mesh), donate_argnums=donate)
@@ -145,32 +152,50 @@ def _seen(key: jax.Array, batch: Batch, config: ml_collections.ConfigDict) -> Se
     return Seen(*augment.augment(key, image, label, config.augment, num_classes, code))
 
 
-def _gradient(network: Network, loss: losses.Loss, config: ml_collections.ConfigDict) -> Callable:
-    """Returns (params, batch_stats, seen, key) -> ((loss, (accuracy, batch_stats)), gradients).
+def _gradient(
+    network: Network,
+    loss: losses.Loss,
+    config: ml_collections.ConfigDict,
+    teachers: Sequence[Model],
+) -> Callable:
+    """Returns (params, batch_stats, seen, key, taught) -> ((loss, (accuracy, batch_stats)), grads).
 
     In `train.accumulate` parts, whose gradients add up to that of the whole batch's mean.
     """
     num_parts = config.train.accumulate
+    share, temperature = config.loss.teacher_share, config.loss.teacher_temperature
 
-    def of_part(params, batch_stats, seen: Seen, key, batch_size: int):
+    def of_part(params, batch_stats, seen: Seen, key, batch_size: int, taught):
+        if teachers:
+            log_taught = distill.log_probabilities(
+                teachers, taught, seen.image, seen.metadata, temperature
+            )
+
+        def of_each(logits):
+            if not teachers:
+                return loss(logits, seen.target)
+            from_teachers = distill.divergence(log_taught, logits, temperature)
+            return (1 - share) * loss(logits, seen.target) + share * from_teachers
+
         def summed(params):
             params = optim.detach_frozen(config.optim, params)
             logits, new_stats = network.apply(
                 params, batch_stats, seen.image, train=True, key=key, metadata=seen.metadata
             )
             hits = (logits.argmax(-1) == seen.target.argmax(-1)).sum()
-            return loss(logits, seen.target).sum() / batch_size, (hits / batch_size, new_stats)
+            return of_each(logits).sum() / batch_size, (hits / batch_size, new_stats)
 
         return jax.value_and_grad(summed, has_aux=True)(params)
 
-    def gradient(params, batch_stats, seen: Seen, key):
+    def gradient(params, batch_stats, seen: Seen, key, taught):
         batch_size = len(seen.image)
         if num_parts == 1:
-            return of_part(params, batch_stats, seen, key, batch_size)
+            return of_part(params, batch_stats, seen, key, batch_size, taught)
 
         def add(carry, part):
             (value, (hits, batch_stats)), grads = carry
-            (v, (h, batch_stats)), g = of_part(params, batch_stats, part[0], part[1], batch_size)
+            seen, key = part
+            (v, (h, batch_stats)), g = of_part(params, batch_stats, seen, key, batch_size, taught)
             return ((value + v, (hits + h, batch_stats)), jax.tree.map(jnp.add, grads, g)), None
 
         # Part i takes every num_parts-th row, so that each device works on rows it has.

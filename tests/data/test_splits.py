@@ -102,6 +102,65 @@ def test_assign_takes_the_fold_of_the_configuration():
     np.testing.assert_array_equal(own_seed, split)
 
 
+def test_what_no_fold_sees_is_set_aside_by_whole_lesions_of_each_diagnosis():
+    sizes = [9, 12, 15, 24, 30, 60, 90]
+    table = lesions_table(sizes)
+    shares = {"test_share": 1 / 6, "val_share": 0.1}
+
+    def split_of(rows=table, seed=4, **changes):
+        return splits.assign(rows, data_config(**changes), seed)
+
+    def lesions_of(split, name):
+        return set(table["lesion_id"][split == name])
+
+    of_folds = [split_of(num_folds=3, fold=k, **shares) for k in range(3)]
+    whole = split_of(num_folds=1, **shares)
+    for split in (*of_folds, whole):
+        assert table.assign(split=split).groupby("lesion_id")["split"].nunique().max() == 1
+    lesions = table.assign(split=whole).drop_duplicates("lesion_id")
+    counts = pd.crosstab(lesions["dx"], lesions["split"]).loc[list(HAM10000.names)]
+    assert counts["test"].tolist() == [max(1, round(n / 6)) for n in sizes]
+    assert counts["val"].tolist() == [max(1, round(n / 10)) for n in sizes]
+
+    # The folds share one test and leave out one validation; the rest validates once in each.
+    for split in of_folds:
+        assert lesions_of(split, "test") == lesions_of(whole, "test")
+        assert lesions_of(split, "unused") == lesions_of(whole, "val")
+    validates = np.sum([split == "val" for split in of_folds], axis=0)
+    np.testing.assert_array_equal(validates, whole == "train")
+    trains = np.sum([split == "train" for split in of_folds], axis=0)
+    np.testing.assert_array_equal(trains, 2 * (whole == "train"))
+    rest = validates == 1
+    check_folds(table[rest], np.argmax([split == "val" for split in of_folds], axis=0)[rest], 3)
+
+    # The test depends on neither the other share, nor the folds, nor the order of rows; so both.
+    without = split_of(num_folds=2, test_share=1 / 6)
+    assert lesions_of(without, "test") == lesions_of(whole, "test")
+    assert "unused" not in without
+    order = np.random.default_rng(0).permutation(len(table))
+    shuffled = table.iloc[order].astype("category")
+    np.testing.assert_array_equal(split_of(shuffled, num_folds=1, **shares), whole[order])
+    other = split_of(seed=5, num_folds=1, **shares)
+    assert lesions_of(other, "test") != lesions_of(whole, "test")
+    # If this fails, old runs would be tested on images that they were trained on.
+    digest = hashlib.sha256("".join(sorted(lesions_of(whole, "test"))).encode()).hexdigest()
+    assert digest[:16] == "?"
+
+
+def test_shares_that_leave_too_little_of_a_class_are_refused():
+    table = lesions_table([5, 5, 5, 4, 5, 5, 5])
+    with pytest.raises(config.InputError, match=r"num_folds = 4 \(df 3 of 4\): set smaller shares"):
+        splits.assign(table, data_config(num_folds=4, test_share=0.2), 0)
+    enough = splits.min_lesions(data_config(num_folds=4, test_share=0.2, val_share=0.3))
+    data = data_config(num_folds=4, test_share=0.2, val_share=0.3)
+    for more in range(20):
+        splits.assign(lesions_table([enough + more] * 7), data, 0)
+    assert splits.min_lesions(data_config(num_folds=4)) == 4
+    table.loc[table["image_id"] == "ISIC_bcc_1_0", "dx"] = "nv"
+    with pytest.raises(config.InputError, match=r"1 lesion\(s\) have more than one dx"):
+        splits.assign(table, data_config(num_folds=1, val_share=0.1), 0)
+
+
 @pytest.mark.parametrize("key", ["image_id", "lesion_id"])
 def test_a_split_csv_is_followed(tmp_path, key):
     table = lesions_table([3] * 7)
@@ -143,7 +202,7 @@ def test_all_faults_of_a_split_csv_are_named_at_once(tmp_path):
     with pytest.raises(config.InputError) as caught:
         splits.assign(table, data_config(split_csv=str(path)), seed=0)
     expected = [
-        "'Train' must be one of train, val, test. Did you mean 'train'?",
+        "'Train' must be one of train, val, test, unused. Did you mean 'train'?",
         "not in the data: remove them, or add the images (image_id): 'ISIC_nowhere'.",
         "have no split: give each image_id one: 'ISIC_df_0_0'.",
         "have two splits: keep one row for each image_id: 'ISIC_bcc_0_0'.",

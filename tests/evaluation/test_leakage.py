@@ -21,12 +21,12 @@ SPLIT = pd.DataFrame(
 def run(tmp_path):
     """Makes the folder of a run that had the given split and started from the given source."""
 
-    def make(name, split=SPLIT, pretrained=None):
+    def make(name, split=SPLIT, pretrained=None, teacher=None):
         folder = tmp_path / name
         (folder / "checkpoints" / "3").mkdir(parents=True)
         split.to_csv(folder / "split.csv", index=False)
         config = configuration.base()
-        config.model.pretrained = pretrained
+        config.model.pretrained, config.loss.teacher = pretrained, teacher
         files.write_json(folder / "config.json", configuration.to_dict(config))
         return folder
 
@@ -55,6 +55,27 @@ def test_runs_before_are_asked_even_where_their_checkpoints_are_gone(run, caplog
         refuse(second, SPLIT)
     refuse(second, SPLIT[2:])
     assert not caplog.text
+
+
+def test_teachers_are_asked_each_fold_of_them_and_what_taught_them(run, tmp_path, caplog):
+    nothing = SPLIT[SPLIT["split"] != "train"]
+    run("folds/fold0", nothing)
+    last = run("folds/fold1")
+    for fold in ("fold2", "fold3", "fold4"):
+        run(f"folds/{fold}", nothing)
+    with pytest.raises(InputError, match="lesions of 2 of the 4"):
+        refuse(tmp_path / "folds", SPLIT)
+    student = run("student", nothing, teacher=f"{run('other', nothing)},{tmp_path / 'folds'}")
+    with pytest.raises(InputError, match="was taught by '.*folds',.*fold1/split.csv"):
+        refuse(student, SPLIT)
+    with pytest.raises(InputError, match="started from '.*student'|was taught by"):
+        refuse(run("heir", nothing, str(student)), SPLIT)
+    nothing.to_csv(last / "split.csv", index=False)
+    refuse(student, SPLIT)
+    assert not caplog.text
+    (tmp_path / "folds").rename(tmp_path / "away")
+    refuse(student, SPLIT)
+    assert f"it was taught by '{tmp_path / 'folds'}', which is not here" in caplog.text
 
 
 def test_a_ring_of_runs_ends(run, tmp_path):

@@ -16,6 +16,7 @@ from ham_jax.commands import predict
 from ham_jax.config import InputError
 from ham_jax.data import prepare as preparation
 from ham_jax.data import synthetic
+from ham_jax.data.records import Subset
 from ham_jax.evaluation import bootstrap, calibration, evaluate, isic, metrics, predictions
 from ham_jax.inference import calibrator
 from ham_jax.training import crossval, loop
@@ -220,9 +221,10 @@ def test_folds_do_not_start_from_a_run_that_trained_on_them(
 def test_predictions_that_lack_an_image_or_have_one_twice_are_not_joined(folds, tiny_raw, prepared):
     files = [folds / f"fold{fold}" / "predictions.csv" for fold in (0, 1)]
     records = preparation.prepare(tiny(tiny_raw, prepared)).records
+    images = Subset(records, np.arange(len(records.table)))
     for wrong in (files[:1], [*files, files[0]], [files[0], files[0]]):
         with pytest.raises(InputError, match="images once"):
-            crossval._joined(wrong, records, "none")
+            crossval._joined(wrong, images, "none")
 
 
 def test_an_ensemble_is_the_mean_of_its_members(folds, other, tiny_raw, mesh, tmp_path):
