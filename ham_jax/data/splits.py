@@ -93,6 +93,8 @@ def set_aside(table: pd.DataFrame, data_config: Any, seed: int) -> np.ndarray:
     if not any(shares.values()):
         return np.full(len(table), "")
     lesions, faults = _lesions(table)
+    if faults:
+        raise InputError(faults)
     lesions["order"] = [
         hashlib.sha256(f"{seed} {name}".encode()).hexdigest() for name in lesions["lesion_id"]
     ]
@@ -106,13 +108,11 @@ def set_aside(table: pd.DataFrame, data_config: Any, seed: int) -> np.ndarray:
         if len(names) - start < data_config.num_folds:
             small.append(f"{dx} {max(0, len(names) - start)} of {len(names)}")
     if small:
-        faults.append(
+        raise InputError(
             f"data.test_share = {shares['test']} and data.val_share = {shares['val']} leave fewer"
             f" lesions of a class than data.num_folds = {data_config.num_folds}"
             f" ({', '.join(small)}): set smaller shares or fewer folds, or add images."
         )
-    if faults:
-        raise InputError(faults)
     return part.loc[table["lesion_id"]].to_numpy(str)
 
 
@@ -288,6 +288,16 @@ def trained_on(path: str | os.PathLike, table: pd.DataFrame) -> np.ndarray:
     return (
         table["image_id"].isin(trained["image_id"]) | table["lesion_id"].isin(trained["lesion_id"])
     ).to_numpy()
+
+
+def lists(path: str | os.PathLike, table: pd.DataFrame) -> bool:
+    """Returns whether a run had all images of `table`, in whichever split.
+
+    Args:
+      path: of the run's split, as `write_csv` wrote it.
+      table: one row an image, with the column `image_id`.
+    """
+    return bool(table["image_id"].isin(_read_csv(path)["image_id"]).all())
 
 
 def changed_split(path: str | os.PathLike, table: pd.DataFrame, split: np.ndarray) -> np.ndarray:

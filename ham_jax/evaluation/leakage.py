@@ -56,9 +56,12 @@ def _of_run(
     if not run.exists():
         return []
     config = checkpoints.read_run_config(folder, is_trained=True)
-    start, teacher = config.model.pretrained, config.loss.teacher
-    before = [(path, "was taught by") for path in configuration.paths(teacher or "") if path]
-    return before + [(start, "started from")] * bool(start)
+    teachers = [path for path in configuration.paths(config.loss.teacher or "") if path]
+    if file.exists() and splits.lists(file, judged):
+        # Training refused teachers that had seen what the run held out: they may be gone.
+        teachers = [path for path in teachers if Path(path).exists()]
+    start = [config.model.pretrained] if config.model.pretrained else []
+    return [(p, "was taught by") for p in teachers] + [(p, "started from") for p in start]
 
 
 def _warn_of_unknown(source: str, key: str, why: str) -> None:

@@ -1,6 +1,5 @@
-"""A network learns its teachers' answers, of the views that it sees itself, and not their lesions."""
+"""A network learns its teachers' answers to the views that it sees itself."""
 
-import json
 import shutil
 
 import jax
@@ -69,10 +68,10 @@ def log_softmax(logits):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-@pytest.mark.parametrize(("share", "parts"), [(1.0, 1), (0.3, 1), (1.0, 2)])
+@pytest.mark.parametrize(("share", "parts"), [(1.0, 1), (0.3, 2)])
 def test_a_step_descends_the_divergence_of_the_bare_outputs(share, parts, mesh):
     c = config.base()
-    c.augment.update(crop_px=16, mixup=0.4)
+    c.augment.crop_px = 16
     c.loss.update(imbalance="logit_adjusted", teacher_share=share, teacher_temperature=2.0)
     c.train.accumulate = parts
     names = ("resnet34", "resnet50")
@@ -82,7 +81,8 @@ def test_a_step_descends_the_divergence_of_the_bare_outputs(share, parts, mesh):
         its.model.name = name
         of_classes = classes.of_config(its.data)
         teacher = Model.of("teacher", its, of_classes, mesh)
-        variables = dict(zip(("params", "batch_stats"), teacher.forward.network.init(5)))
+        params, batch_stats = teacher.forward.network.init(5)
+        variables = {"params": params, "batch_stats": batch_stats}
         teachers.append(teacher.replace(variables=variables))
     network = linear(c.model, 7)
     optimizer = optim.make(c.optim, lambda _: 0.1, network.init(0)[0])
@@ -193,7 +193,7 @@ def test_folds_and_what_they_teach_are_tested_on_lesions_that_none_saw(
 
 
 def test_resumed_under_teachers_it_is_the_same_run_and_answers_without_them(
-    trained, tiny_raw, prepared, mesh, tmp_path
+    trained, tiny_raw, prepared, mesh, tmp_path, caplog
 ):
     shutil.copytree(trained / "folds", tmp_path / "folds")
     names = ("calibration.json", "metrics.json", "predictions.csv", "split.csv")
@@ -206,16 +206,15 @@ def test_resumed_under_teachers_it_is_the_same_run_and_answers_without_them(
         assert (run / name).read_bytes() == (trained / "student" / name).read_bytes(), name
     states = [checkpoints.load_for_inference(r, "latest") for r in (run, trained / "student")]
     jax.tree.map(np.testing.assert_array_equal, states[0][:3], states[1][:3])
-    assert "teacher" not in json.dumps(
-        [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(states[0][:3])]
-    )
+    assert set(states[0][0]) == {"head"}  # and no weights of a teacher
 
     shutil.rmtree(tmp_path / "folds")
     written = (run / "metrics.json").read_text()
     evaluate.run([run], "val", [], mesh)
     assert (run / "metrics.json").read_text() == written
+    assert not caplog.text
     assert len(models_that_answer.load(run, mesh=mesh).predict(next(tiny_raw.rglob("*.jpg")))) == 1
-    with pytest.raises(InputError, match=r"loss\.teacher = .*no such folder"):
+    with pytest.raises(InputError, match=r"(?s)loss\.teacher = .*no such folder"):
         loop.train(c, tmp_path / "new", mesh, StopAfter())
     assert not (tmp_path / "new").exists()
 
@@ -259,7 +258,7 @@ def test_what_cannot_be_set_together_is_said(tmp_path):
     ]
     c.data.update(split_csv=None, num_folds=1, test_share=0.1)
     c.loss.teacher = None
-    with pytest.raises(InputError, match="leaves nothing to validate: set data.val_share"):
+    with pytest.raises(InputError, match=r"leaves nothing to validate: set data\.val_share"):
         config.validate(c)
     with pytest.raises(InputError, match=r"data\.num_folds = 1 is a single run"):
         crossval.train(c, tmp_path / "folds", None, None)
