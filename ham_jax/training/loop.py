@@ -510,7 +510,8 @@ def _peak_images_per_s(run: Run, state: step.State) -> float | None:
     if config.model.metadata:
         batch["metadata"] = jax.ShapeDtypeStruct((size, metadata.NUM_METADATA), np.float32)
     take = run.train_step(config.augment.crop_px)
-    return run.mesh.devices.size * peak / step.flop_per_image(take, state, batch, run.taught)
+    flop = step.flop_per_image(take, state, batch, run.taught)
+    return flop and run.mesh.devices.size * peak / flop
 
 
 def _order(run: Run) -> feed.Order:

@@ -68,8 +68,10 @@ def init_state(
 
 def flop_per_image(
     train_step, state: State, batch: Mapping[str, Any], taught: Sequence[Variables] = ()
-) -> float:
+) -> float | None:
     """Returns the floating-point operations of a train step by XLA's count, an image of a batch.
+
+    None where XLA does not count before it compiles, as for GPUs (jax 0.11).
 
     Args:
       train_step: from `make_train_step`.
@@ -77,7 +79,8 @@ def flop_per_image(
       batch: arrays or their shapes, of one step.
       taught: the teachers' weights, or their shapes.
     """
-    return train_step.lower(state, batch, taught).cost_analysis()["flops"] / len(batch["label"])
+    cost = train_step.lower(state, batch, taught).cost_analysis()
+    return cost and cost["flops"] / len(batch["label"])
 
 
 def make_train_step(
