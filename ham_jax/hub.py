@@ -15,9 +15,9 @@ import contextlib
 import functools
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 import ml_dtypes
@@ -38,6 +38,7 @@ Tensors = Mapping[str, np.ndarray]
 """{path/of/leaf: array}"""
 
 _FORMAT = 1
+_TASK = "image-classification"
 _LIBRARY = "ham_jax"
 _NUMBERS = {
     "BF16": ml_dtypes.bfloat16,
@@ -45,7 +46,7 @@ _NUMBERS = {
     "F32": np.float32,
     "F64": np.float64,
 }
-_OOD = ("means", "whitening", "threshold")
+OOD_ARRAYS = ("means", "whitening", "threshold")
 _MAX_BYTES = 8 << 30  # of weights; the largest network here takes 0.4 GB
 _MAX_BATCH_BYTES = 16 << 30  # of the pixels of one batch
 # Of the machine that trained. They say nothing of the network, and an export names no paths.
@@ -57,6 +58,22 @@ _OF_MACHINE = (
     "data.num_workers",
 )
 _REMEDY = "Get the folder again: export it anew, or download or copy it once more."
+
+
+class Metric(NamedTuple):
+    """A figure of a model card's head.
+
+    Attributes:
+      kind: as the hub calls it, such as `roc_auc`.
+      title: in words.
+      value: the figure.
+      settings: what belongs to it, such as its interval.
+    """
+
+    kind: str
+    title: str
+    value: float
+    settings: Mapping[str, Any]
 
 
 def local(name: str | os.PathLike) -> Path:
@@ -150,6 +167,49 @@ def _explained(name: str, repository: str, what: str) -> Iterator[None]:
         ) from error
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: {error}") from error
+
+
+def released() -> list[Path]:
+    """Returns the exported folders that come with this library, mostly one."""
+    package = Path(__file__).parent
+    around = (package.parent / "released", package / "released")  # a clone's, an installation's
+    return sorted(path.parent for each in around for path in each.glob(f"*/{CONFIG}"))
+
+
+def card_head(
+    name: str, described: Mapping[str, Any], dataset: Mapping[str, str], metrics: Sequence[Metric]
+) -> str:
+    """Returns what stands between the two lines of dashes at the top of a model card.
+
+    Args:
+      name: of the model.
+      described: license, tags, datasets, as the hub knows them.
+      dataset: that the metrics are of: name, type, split.
+      metrics: of it; where there are none, the head has no results.
+    """
+    import huggingface_hub
+
+    results = [
+        huggingface_hub.EvalResult(
+            task_type=_TASK,
+            dataset_type=dataset["type"],
+            dataset_name=dataset["name"],
+            dataset_split=dataset["split"],
+            metric_type=metric.kind,
+            metric_name=metric.title,
+            metric_value=metric.value,
+            metric_args=metric.settings,
+        )
+        for metric in metrics
+    ]
+    head = huggingface_hub.ModelCardData(
+        **described,
+        library_name=_LIBRARY,
+        pipeline_tag=_TASK,
+        model_name=name,
+        eval_results=results or None,
+    )
+    return head.to_yaml()
 
 
 def is_exported(folder: Path) -> bool:
@@ -274,8 +334,8 @@ def read_ood(folder: Path) -> tuple[Tensors, Mapping[str, Any]] | None:
         tensors = _read_tensors(folder, OOD, content)
     except InputError as error:
         raise ValueError(str(error)) from error
-    if set(tensors) != set(_OOD) or not isinstance(content["ood"], dict):
-        raise ValueError(f"{folder / OOD} is damaged: it does not hold {', '.join(_OOD)}")
+    if set(tensors) != set(OOD_ARRAYS) or not isinstance(content["ood"], dict):
+        raise ValueError(f"{folder / OOD} is damaged: it does not hold {', '.join(OOD_ARRAYS)}")
     return {name: value.astype(np.float64) for name, value in tensors.items()}, content["ood"]
 
 
@@ -307,8 +367,8 @@ def write(
     kinds = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
     with np.errstate(over="ignore"):  # which is looked for right after
         cast = {
-            path: np.ascontiguousarray(
-                value.astype(kinds[dtype] if path.startswith("params/") else np.float32)
+            path: np.asarray(
+                value, kinds[dtype] if path.startswith("params/") else np.float32, order="C"
             )
             for path, value in tensors.items()
         }
@@ -317,12 +377,11 @@ def write(
             f"export.dtype = {dtype!r}: {', '.join(large[:3])} has values that it cannot hold."
             " Use float32 or bfloat16."
         )
-    safetensors.numpy.save_file(cast, folder / WEIGHTS)
+    files.write_bytes(folder / WEIGHTS, safetensors.numpy.save(cast))
     if ood is not None:
         kind = np.float64 if dtype == "float32" else np.float32
-        safetensors.numpy.save_file(
-            {name: np.ascontiguousarray(value, kind) for name, value in ood.items()}, folder / OOD
-        )
+        arrays = {name: np.asarray(value, kind, order="C") for name, value in ood.items()}
+        files.write_bytes(folder / OOD, safetensors.numpy.save(arrays))
     described = {
         "format": _FORMAT,
         "library_name": _LIBRARY,

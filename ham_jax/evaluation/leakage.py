@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 from absl import logging
 
-from ham_jax import checkpoints
+from ham_jax import checkpoints, hub
 from ham_jax.config import InputError
 from ham_jax.data import splits
 
@@ -24,7 +24,7 @@ def refuse_trained_on(source: str, judged: pd.DataFrame, key: str) -> None:
       InputError: one of them did, or a file that says so is damaged.
     """
     at, asked = source, set()  # folders that were trained again may form a ring
-    while at and (folder := Path(at)).resolve() not in asked:
+    while at and (folder := _folder(at)).resolve() not in asked:
         file, run = folder / checkpoints.SPLIT, folder / "config.json"
         if not (file.exists() or checkpoints.has_checkpoints(folder)):  # no run
             break
@@ -47,6 +47,12 @@ def refuse_trained_on(source: str, judged: pd.DataFrame, key: str) -> None:
         )
     if at and at != source and ":" not in at and not Path(at).exists():
         _warn_of_unknown(source, key, f"it started from {at!r}, which is not here")
+
+
+def _folder(source: str) -> Path:
+    """Returns where a run or an export lies; of the hub's, what was downloaded before."""
+    file = hub.download(source, hub.CONFIG, cached=True) if source.startswith(hub.PREFIX) else None
+    return file.parent if file else Path(source)
 
 
 def _warn_of_unknown(source: str, key: str, why: str) -> None:
