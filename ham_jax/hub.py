@@ -309,8 +309,9 @@ def load(folder: Path) -> tuple[Any, Any, Any, dict[str, Any], int]:
         records = str(content["trained_on"]["records"])
         if weights not in ("raw", "ema") or not all(isinstance(tree[n], dict) for n in tree):
             raise ValueError(f"weights = {weights!r}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{folder / CONFIG} is damaged: {error!r:.200}. {_REMEDY}") from error
+    # IndexError: one tensor's name is the beginning of another's path.
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder} is damaged: {error!r:.200}. {_REMEDY}") from error
     ema = tree if weights == "ema" else {}
     raw = {"params": {}, "batch_stats": {}} if ema else tree
     meta = {

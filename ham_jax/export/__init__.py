@@ -154,9 +154,10 @@ def _write(
     _write_weights(model, folder, options.dtype)
     photographs = _photographs(model, folder)
     expected = _answers(model, photographs)
-    mesh = model.forward.mesh
-    again = restore(folder, (), mesh).with_calibrator().with_detector()
-    said = _answers(again, photographs)
+    again = restore(folder, (), model.forward.mesh).with_calibrator().with_detector()
+    assert all(again.config[name] == model.config[name] for name in ("augment", "eval", "model"))
+    # Weights are arguments: the same network need not be compiled a second time.
+    said = _answers(again.replace(forward=model.forward), photographs)
     assert said.keys() == expected.keys(), "a part of the model was not exported"
     verified = [_verified(hub.WEIGHTS, expected, said)]
     _check(verified[0], _TOLERANCES[options.dtype])
