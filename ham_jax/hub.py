@@ -198,7 +198,7 @@ def card_head(
             metric_type=metric.kind,
             metric_name=metric.title,
             metric_value=metric.value,
-            metric_args=metric.settings,
+            metric_args=dict(metric.settings),
         )
         for metric in metrics
     ]
