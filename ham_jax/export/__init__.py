@@ -172,11 +172,12 @@ def _write(
                 f"{file} is left out: it needs {error.name}, which pip install 'ham-jax[export]'"
                 " installs."
             )
+            (folder / file).unlink(missing_ok=True)  # written, but it cannot be verified
             continue
         verified.append(_verified(file, expected, said))
         _check(verified[-1], _TOLERANCE)
-    card = _card(model, folder, name, options.dtype, photographs.what, verified, body)
-    files.write_text(folder / hub.CARD, card)
+    said = {"dtype": options.dtype, "what": photographs.what, "verified": verified}
+    files.write_text(folder / hub.CARD, _card(model, folder, name, body, said))
     differ = {one.file: f"{one.differences['probabilities']:.1e}" for one in verified}
     return [
         [path.name, f"{path.stat().st_size / 1e6:.2f}", differ.get(path.name, "")]
@@ -295,15 +296,8 @@ def _check(verified: Verified, tolerance: float) -> None:
         )
 
 
-def _card(
-    model: Model,
-    folder: Path,
-    name: str,
-    dtype: str,
-    what: str,
-    verified: Sequence[Verified],
-    body: Body,
-) -> str:
+def _card(model: Model, folder: Path, name: str, body: Body, said: Mapping[str, Any]) -> str:
+    """Returns the model card; `said`: dtype of the weights, what verified the files and how."""
     has_results = (folder / "predictions.csv").is_file()
     numbers = _numbers(folder) if has_results else {}
     thresholds = None
@@ -321,11 +315,9 @@ def _card(
         thresholds=thresholds,
         level=decision.LEVEL,
         sensitivity=decision.SENSITIVITY,
-        dtype=dtype,
-        what=what,
-        verified=verified,
         sizes=sizes,
         sums=sums,
+        **said,
     )
 
 

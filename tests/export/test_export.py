@@ -94,6 +94,11 @@ def test_it_answers_as_the_run_to_the_last_bit(trained, exported, photographs):
     assert json.loads(text)["trained_on"]["records"] == run.records != ""
 
 
+def test_a_split_of_ones_own_goes_along(copy):
+    changed(copy / hub.CONFIG, lambda c: c["config"]["data"].update(split_csv="/far/away.csv"))
+    assert ham_jax.load(copy).config.data.split_csv == str(copy / "split.csv")
+
+
 def test_evaluation_and_heat_maps_take_it(trained, exported, tiny_records, tmp_path):
     mesh, before = parallel.mesh(), sorted(exported.iterdir())
     at = [("data.dir", str(tiny_records))]
@@ -298,6 +303,7 @@ def test_other_runtimes_are_verified_and_one_that_is_missing_is_named(
     assert "| `model.onnx` | 1.0e-05 | 0.0e+00 | 0.0e+00 |" in (folder / hub.CARD).read_text()
     said = "model.stablehlo is left out: it needs ham_jax.export.stablehlo"
     assert said in capsys.readouterr().err
+    assert not (folder / "model.stablehlo").exists()
     runtime(monkeypatch, "onnx", 0.5)
     with pytest.raises(InputError, match=r"model\.onnx differs from the network by 5\.0e-01"):
         exported_to(tmp_path / "off", [trained], files=("onnx",))
