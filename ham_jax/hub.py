@@ -255,7 +255,7 @@ def run_config(folder: Path, is_trained: bool = True) -> ml_collections.ConfigDi
             f"{folder} is an ensemble of {', '.join(map(str, content['members']))!s:.200}; name the"
             " folder of one."
         )
-    path, config = folder / CONFIG, None
+    path = folder / CONFIG
     try:
         config = configuration.from_dict(content["config"], is_trained)
     except InputError as error:

@@ -315,8 +315,7 @@ def main(argv: list[str]) -> None:
         faults += _config_faults(mode, call)
     if faults:
         raise InputError(faults)
-    if not mode.trains:
-        call = _located(mode, call)
+    call = _located(mode, call)
     if not mode.uses_devices:
         _check_writable(mode, call)
         mode.run(call)
@@ -405,9 +404,10 @@ def _located(mode: Mode, call: Call) -> Call:
     if mode.output_file:
         return dataclasses.replace(call, output=Path(mode.output_file))
     if mode.writes is not None:
+        instead = "name another" if mode.trains else f"give --output, the {_output_name(mode)}"
         raise InputError(
             f"--workdir={call.workdirs[0]} is an exported model, into which nothing is written:"
-            f" give --output, the {_output_name(mode)}."
+            f" {instead}."
         )
     return call
 

@@ -291,6 +291,13 @@ class Model:
         return self.config.model.metadata
 
     @property
+    def num_features(self) -> int:
+        """F, the length of an image's features."""
+        params = self.variables["params"]
+        beside = params["fusion"]["layer2"]["bias"] if "fusion" in params else ()
+        return len(params["head"]["kernel"]) - len(beside)
+
+    @property
     def canvas(self) -> tuple[int, int]:
         """Height, width in pixels of the images that it takes."""
         return tuple(self.config.data.canvas)
@@ -442,6 +449,8 @@ class Model:
                 path = self.workdir / hub.OOD
                 saved = hub.read_ood(self.workdir)
                 found = saved and detector.of(*saved)
+                if found and len(found.whitening) != self.num_features:
+                    raise ValueError(f"{path} is of a network with other features")
             else:
                 found = detector.load(path)
             why = "" if found else f"there is no {path}"

@@ -204,11 +204,11 @@ def changed(path, change):
     path.write_text(json.dumps(content))
 
 
-def with_tensors(folder, tensors):
-    """Puts other weights into a folder, as somebody would who wants them to be taken."""
-    hub.files.write_bytes(folder / hub.WEIGHTS, hub.safetensors.numpy.save(tensors))
-    digest = hashlib.sha256((folder / hub.WEIGHTS).read_bytes()).hexdigest()
-    changed(folder / hub.CONFIG, lambda c: c["checksums"].update({hub.WEIGHTS: digest}))
+def with_tensors(folder, tensors, name=hub.WEIGHTS):
+    """Puts other tensors into a folder, as somebody would who wants them to be taken."""
+    hub.files.write_bytes(folder / name, hub.safetensors.numpy.save(tensors))
+    digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    changed(folder / hub.CONFIG, lambda c: c["checksums"].update({name: digest}))
 
 
 def test_damaged_weights_are_told(copy):
@@ -276,6 +276,11 @@ def test_a_damaged_detector_is_left_out_with_a_line(copy, photographs, capsys):
     path.write_bytes(path.read_bytes()[:-10])
     assert ham_jax.load(copy).predict(photographs[0])[0].ood_score is None
     assert "ood.safetensors is damaged" in capsys.readouterr().err
+    found = model.detector.Detector(np.zeros((2, 9)), np.eye(9), 1.0, {})
+    arrays = {name: np.array(getattr(found, name)) for name in hub.OOD_ARRAYS}
+    with_tensors(copy, arrays, hub.OOD)
+    assert ham_jax.load(copy).detector is None
+    assert "of a network with other features" in capsys.readouterr().err
 
 
 def runtime(monkeypatch, name, off):
@@ -370,6 +375,8 @@ def test_the_command_line_writes_nothing_into_it(exported, tmp_path, monkeypatch
     )
     with pytest.raises(InputError, match="is an exported model, into which nothing is written"):
         main._located(main.MODES["eval"], call)
+    with pytest.raises(InputError, match="nothing is written: name another"):
+        main._located(main.MODES["crossval"], call)
     assert main._located(main.MODES["predict"], call).output == Path("predict.csv")
     monkeypatch.setattr(hub, "__file__", str(tmp_path / "ham_jax" / "hub.py"))
     assert hub.released() == []
