@@ -27,7 +27,7 @@ from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
 from ham_jax import config as configuration
-from ham_jax import files, parallel
+from ham_jax import files, hub, parallel
 from ham_jax.config import InputError
 from ham_jax.local_path import LocalPath
 
@@ -249,13 +249,16 @@ def load_for_inference(
     warning and the next in the order asked for is used.
 
     Args:
-      workdir: of the run.
+      workdir: of the run; or an exported folder, which holds one step and of it the weights that
+        answer.
       which: 'best', 'latest' or a step.
 
     Raises:
       InputError: there is no such checkpoint, or none that is whole.
     """
     steps = _steps(workdir)
+    if not steps and ((workdir / hub.WEIGHTS).is_file() or hub.is_exported(workdir)):
+        return hub.load(workdir)
     if not steps:
         raise InputError(_nothing_there(workdir))
     if which not in ("best", "latest", *steps):
@@ -292,8 +295,10 @@ def has_checkpoints(workdir: Path) -> bool:
 def runs(workdir: Path) -> list[Path]:
     """Returns the folders of the runs that `workdir` stands for.
 
-    That is itself, or the folds of a cross-validation.
+    That is itself, or the folds of a cross-validation, or the members of an exported ensemble.
     """
+    if hub.is_exported(workdir):
+        return hub.members(workdir)
     config = fold_folder(workdir, 0) / "config.json"
     if has_checkpoints(workdir) or not config.is_file():
         return [workdir]
@@ -308,6 +313,11 @@ def check_run_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
       InputError: it is of a cross-validation, or of a run with another configuration; all
         differing keys are named.
     """
+    if hub.is_exported(workdir):
+        raise InputError(
+            f"--workdir={workdir} holds an exported model, which cannot be trained on. Choose"
+            f" another --workdir and start from it: --config.model.pretrained={workdir}"
+        )
     if fold_folder(workdir, 0).is_dir():
         raise InputError(f"--workdir={workdir} holds a cross-validation; choose another --workdir.")
     if (workdir / "config.json").exists():
@@ -326,12 +336,14 @@ def check_run_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
 
 
 def read_run_config(workdir: Path, is_trained: bool = False) -> ml_collections.ConfigDict:
-    """Returns what `write_run_config` wrote; `is_trained` as in `config.from_dict`.
+    """Returns what `write_run_config` wrote, or an export; `is_trained` as in `config.from_dict`.
 
     Raises:
       FileNotFoundError: there is no config.json.
       InputError: it is damaged, or holds keys that this version does not have.
     """
+    if hub.is_exported(workdir):
+        return hub.run_config(workdir, is_trained)
     path = workdir / "config.json"
     remedy = (
         "Restore it from a copy. Where there is none, remove it: the command that started the run"

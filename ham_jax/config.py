@@ -231,6 +231,12 @@ KEYS = (
     Key("eval.ood", True, "Mark images that are unlike those of training.", free_on_resume=True,
         free_in_evaluation=True),
 
+    Key("export.dtype", "float32", "Type of the exported weights. float16 and bfloat16 halve the"
+        " file; answers change a little, and the model card says how much.",
+        choices=("float32", "float16", "bfloat16"), free_on_resume=True),
+    Key("export.files", ("onnx", "stablehlo"), "Files for other runtimes, exported beside the"
+        " weights: any of onnx and stablehlo. (): none.", free_on_resume=True),
+
     Key("log.every_steps", 20, "Steps between two lines of the training log.", range=(1, _INF),
         free_on_resume=True),
     Key("log.tensorboard", True, "Write TensorBoard files.", free_on_resume=True),
@@ -563,6 +569,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int = 1) -> None:
         _pattern_faults,
         _profile_faults,
         _weights_faults,
+        _export_faults,
     ):
         faults += rule(config)
     faults += _batch_faults(config, num_devices)
@@ -842,6 +849,11 @@ def _weights_faults(config) -> list[str]:
         "eval.weights = 'ema' needs optim.ema_decay > 0 in training; this run keeps no moving"
         " average."
     ]
+
+
+def _export_faults(config) -> list[str]:
+    odd = [name for name in config.export.files if name not in ("onnx", "stablehlo")]
+    return [f"export.files: {name!r} must be onnx or stablehlo." for name in odd]
 
 
 def _batch_faults(config, num_devices: int) -> list[str]:

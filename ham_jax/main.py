@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import ml_collections
 from absl import app, flags, logging
 
-from ham_jax import DISCLAIMER, escape, files
+from ham_jax import DISCLAIMER, escape, files, hub
 from ham_jax import config as configuration
 from ham_jax.config import InputError
 
@@ -70,6 +70,7 @@ class Mode:
       uses_devices: JAX is started first.
       keys: those that `--config.KEY=VALUE` may set.
       own_keys: keys that the mode sets itself, so that a configuration must leave them out.
+      uses_released: without `--workdir` it takes the model that comes with this library.
     """
 
     doc: str
@@ -82,6 +83,7 @@ class Mode:
     uses_devices: bool = True
     keys: tuple[str, ...] = ()
     own_keys: tuple[str, ...] = ()
+    uses_released: bool = False
 
     @property
     def trains(self) -> bool:
@@ -152,9 +154,11 @@ def _explain(call: Call) -> None:
     from ham_jax.evaluation import explain
 
     if call.images:
-        explain.run_on_photographs(call.workdirs[0], call.images, call.overrides, call.mesh)
+        explain.run_on_photographs(
+            call.workdirs[0], call.images, call.overrides, call.mesh, call.output
+        )
     else:
-        explain.run(call.workdirs[0], call.split, call.overrides, call.mesh)
+        explain.run(call.workdirs[0], call.split, call.overrides, call.mesh, call.output)
 
 
 def _report(call: Call) -> None:
@@ -175,6 +179,14 @@ def _predict(call: Call) -> None:
     output = call.output or call.workdirs[0] / MODES["predict"].output_file
     if not predict.run(call.workdirs, call.images, output, call.overrides, call.mesh):
         raise InputError("No photograph could be read; the CSV says why of each.")
+
+
+def _export(call: Call) -> None:
+    from ham_jax import export
+    from ham_jax.evaluation import report
+
+    assert call.output is not None, "the mode needs it"
+    export.run(call.workdirs, call.output, call.config.export, call.mesh, report.card)
 
 
 _IN_EVALUATION = configuration.FREE_IN_EVALUATION
@@ -213,8 +225,8 @@ MODES = {
         "Draws heat maps of the regions that supported an answer. On images of a split that"
         " predictions.csv makes worth looking at, or with --images on your own photographs.",
         "--workdir=runs/resnet --split=val",
-        _explain, needs=("workdir",), takes=("config", "split", "images"), writes="explanations",
-        keys=_IN_EVALUATION),
+        _explain, needs=("workdir",), takes=("config", "split", "images", "output"),
+        writes="explanations", keys=_IN_EVALUATION),
     "report": Mode(
         "Makes one HTML page and a model card from the files of a run. It runs no network and takes"
         " seconds. The model card is written beside the page.",
@@ -231,7 +243,14 @@ MODES = {
         " error, and the others are still classified.",
         "--workdir=runs/resnet --images=photographs/",
         _predict, needs=("workdir", "images"), takes=("config", "output"), writes="predict.csv",
-        averages=True, keys=_IN_EVALUATION),
+        averages=True, keys=_IN_EVALUATION, uses_released=True),
+    "export": Mode(
+        "Writes a trained network as a folder for the Hugging Face hub and for other runtimes. The"
+        " weights, ONNX, StableHLO and a model card; each file is verified on photographs before"
+        " the folder gets its name. `hf upload` publishes it, and --workdir=hf:USER/NAME reads it.",
+        "--workdir=runs/resnet --output=exported/resnet",
+        _export, needs=("workdir", "output"), takes=("config",), writes="", averages=True,
+        keys=("export.dtype", "export.files")),
 }
 # fmt: on
 
@@ -239,7 +258,8 @@ _MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
 flags.DEFINE_enum("split", "val", ["val", "test", "train"], "The split to look at.")
 _FLAG_DOCS = {
     "config": "A file in configs/; a variant may follow, as in configs/resnet.py:50.",
-    "workdir": "The folder of a run. Default: runs/<name of the config file>.",
+    "workdir": "The folder of a run, or an exported one, or hf:USER/NAME. Default: runs/<name of"
+    " the config file>.",
     "images": "Photographs: a file, a folder, a glob, or a CSV with a column path, image_id or"
     " isic_id.",
     "output": "Where to write, if not into the run's folder.",
@@ -252,8 +272,9 @@ _FLAGS = ("config", "workdir", "split", "images", "output", "predictions")
 _NEEDED = {  # what to give where a flag is missing
     "config": "configs/resnet.py for HAM10000, configs/demo.py for synthetic lesions that need no"
     " data",
-    "workdir": "the folder of a training run",
+    "workdir": "the folder of a training run or of an exported model, or hf:USER/NAME",
     "images": "a file, a folder, a glob or a CSV",
+    "output": "a folder that is not there yet",
     "predictions": "two or more files, A.csv B.csv",
 }
 
@@ -280,6 +301,8 @@ def main(argv: list[str]) -> None:
     """Checks the whole input, then starts what is heavy and does what `--mode` says."""
     mode, words, faults = MODES[_MODE.value], argv[1:], []
     call = _read_flags(faults)
+    if mode.uses_released and not call.workdirs and len(found := hub.released()) == 1:
+        call = dataclasses.replace(call, workdirs=found)
     if "predictions" in mode.needs:  # `--predictions A.csv B.csv`, as a person would write it
         call.predictions.extend(words)
         words = []
@@ -292,6 +315,7 @@ def main(argv: list[str]) -> None:
         faults += _config_faults(mode, call)
     if faults:
         raise InputError(faults)
+    call = _located(mode, call)
     if not mode.uses_devices:
         _check_writable(mode, call)
         mode.run(call)
@@ -352,6 +376,7 @@ def _flag_faults(mode: Mode, call: Call) -> list[str]:
         "config": call.config_file,
         "workdir": call.workdirs,
         "images": call.images,
+        "output": call.output,
         "predictions": call.predictions[1:],
     }
     faults += [f"{name} needs --{flag}: {_NEEDED[flag]}." for flag in mode.needs if not given[flag]]
@@ -364,6 +389,26 @@ def _flag_faults(mode: Mode, call: Call) -> list[str]:
         elif not call.output:
             faults.append(f"{name} of {num_runs} runs needs --output, the {_output_name(mode)}.")
     return faults
+
+
+def _located(mode: Mode, call: Call) -> Call:
+    """Returns the call with models of the hub downloaded, and nothing to be written into exports.
+
+    Raises:
+      InputError: they cannot be had, or there is no --output to write into.
+    """
+    call = dataclasses.replace(call, workdirs=[hub.local(folder) for folder in call.workdirs])
+    if call.output or not (call.workdirs and hub.is_exported(call.workdirs[0])):
+        return call
+    if mode.output_file:
+        return dataclasses.replace(call, output=Path(mode.output_file))
+    if mode.writes is not None:
+        instead = "name another" if mode.trains else f"give --output, the {_output_name(mode)}"
+        raise InputError(
+            f"--workdir={call.workdirs[0]} is an exported model, into which nothing is written:"
+            f" {instead}."
+        )
+    return call
 
 
 def _modes_with(flag: str) -> str:
@@ -471,13 +516,16 @@ def help_of_mode(name: str) -> str:
 def _flag_doc(flag: str, mode: Mode | None = None) -> str:
     """Returns what a flag means in a mode; None: in general."""
     if mode and flag == "output":
-        default = "/".join(filter(None, ["<workdir>", mode.output_file]))
-        return f"The {_output_name(mode)}. Default: {default}."
+        default = "/".join(filter(None, ["<workdir>", mode.writes]))
+        said = f" Default: {default}." * (flag not in mode.needs)
+        return f"The {_output_name(mode)}.{said}"
     if mode and not mode.trains and flag == "config":
         return "Instead of --workdir: a file in configs/, for the run in runs/<name of the file>."
     if mode and not mode.trains and flag == "workdir":
         several = " Several, with commas between: their probabilities are averaged."
-        return "The folder of a training run." + several * mode.averages
+        what = "The folder of a training run, or an exported one, or hf:USER/NAME."
+        released = " Default: the model in released/." * mode.uses_released
+        return what + several * mode.averages + released
     default = flags.FLAGS[flag].default
     return f"{flags.FLAGS[flag].help}" + f" Default: {default}." * bool(default)
 

@@ -1,7 +1,7 @@
 """What answers: a network with its weights, preprocessing, classes, calibration and thresholds.
 
-`load` makes a `Model` of a run's folder, or an `Ensemble` of several. In a job of several processes
-all of them must ask together.
+`load` makes a `Model` of a run's folder or an exported one, or an `Ensemble` of several. In a job
+of several processes all of them must ask together.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 import pandas as pd
 
-from ham_jax import checkpoints, console, models, parallel
+from ham_jax import checkpoints, console, hub, models, parallel
 from ham_jax import config as configuration
 from ham_jax.classes import Classes
 from ham_jax.config import InputError
@@ -27,6 +27,7 @@ from ham_jax.inference import calibrator, decision, detector
 from ham_jax.inference.calibrator import Calibrator
 from ham_jax.inference.decision import Calibrated
 from ham_jax.inference.detector import Detector
+from ham_jax.models import pretrained
 
 Variables = Mapping[str, Any]
 """{'params', 'batch_stats'} as nested dicts."""
@@ -241,6 +242,7 @@ class Model:
       variables: the weights that answer, on the mesh.
       provenance: step, tta, tiles, crop_scale and weights ('raw' or 'ema'), as metrics.json and
         calibration.json say them.
+      records: the fingerprint of the records that it was trained on; empty: not trained.
       calibrator: of its probabilities, or None.
       detector: of photographs unlike those of training, or None.
     """
@@ -251,6 +253,7 @@ class Model:
     forward: Forward
     variables: Variables
     provenance: Mapping[str, Any]
+    records: str = ""
     calibrator: Calibrator | None = None
     detector: Detector | None = None
 
@@ -279,7 +282,7 @@ class Model:
     ) -> "Model":
         """Returns what a run's folder holds; see `load`, which also takes several."""
         mesh = parallel.mesh() if mesh is None else mesh
-        return restore(Path(workdir), overrides, mesh).with_calibrator().with_detector()
+        return restore(hub.local(workdir), overrides, mesh).with_calibrator().with_detector()
 
     @property
     def workdir(self) -> Path:
@@ -290,6 +293,13 @@ class Model:
     def takes_metadata(self) -> bool:
         """Whether it sees age, sex and site beside the photograph."""
         return self.config.model.metadata
+
+    @property
+    def num_features(self) -> int:
+        """F, the length of an image's features."""
+        params = self.variables["params"]
+        beside = params["fusion"]["layer2"]["bias"] if "fusion" in params else ()
+        return len(params["head"]["kernel"]) - len(beside)
 
     @property
     def canvas(self) -> tuple[int, int]:
@@ -401,12 +411,13 @@ class Model:
 
     @property
     def card(self) -> str:
-        """The model card that `--mode=report` wrote into the run's folder, as Markdown.
+        """The model card as Markdown: an export's, or what `--mode=report` wrote for a run.
 
         Raises:
           FileNotFoundError: there is none.
         """
-        return (self.workdir / "model_card.md").read_text(encoding="utf-8")
+        file = hub.CARD if hub.is_exported(self.workdir) else "model_card.md"
+        return (self.workdir / file).read_text(encoding="utf-8")
 
     def with_calibrator(self) -> "Model":
         """Returns it with its folder's calibration.json; a line says where that is amiss.
@@ -430,7 +441,7 @@ class Model:
         return self.replace(calibrator=found)
 
     def with_detector(self, may_fit: bool = False) -> "Model":
-        """Returns it with its folder's ood.npz, where that was fitted for its weights.
+        """Returns it with its folder's out-of-distribution model, if fitted for its weights.
 
         Unless the caller may fit one anew, a line says why there is none.
         """
@@ -438,9 +449,16 @@ class Model:
             return self
         path = self.workdir / detector.FILE
         try:
-            found = detector.load(path)
+            if hub.is_exported(self.workdir):
+                path = self.workdir / hub.OOD
+                saved = hub.read_ood(self.workdir)
+                found = saved and detector.of(*saved)
+                if found and len(found.whitening) != self.num_features:
+                    raise ValueError(f"{path} is of a network with other features")
+            else:
+                found = detector.load(path)
             why = "" if found else f"there is no {path}"
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             found, why = None, f"{error}"
         if found is not None:
             asked = self.detector_provenance
@@ -574,7 +592,8 @@ def load(
     """Returns what a run's folder says: network, weights, calibration, out-of-distribution model.
 
     Args:
-      path: of a training run; of a cross-validation, whose folds become an ensemble; or several.
+      path: of a training run; of a cross-validation, whose folds become an ensemble; an exported
+        folder; `hf:user/name`, such a folder on the Hugging Face hub; or several of these.
       mesh: the devices. Default: all there are.
       overrides: (key, text) pairs of keys that evaluation may set anew, such as ("eval.tta", "8").
 
@@ -583,7 +602,7 @@ def load(
     """
     paths = [path] if isinstance(path, str | Path) else path
     mesh = parallel.mesh() if mesh is None else mesh
-    ensemble = Ensemble(restore_all([Path(one) for one in paths], overrides, mesh))
+    ensemble = Ensemble(restore_all([hub.local(one) for one in paths], overrides, mesh))
     ensemble = ensemble.with_decisions()
     return ensemble.members[0] if len(ensemble.members) == 1 else ensemble
 
@@ -591,7 +610,16 @@ def load(
 def restore_all(
     workdirs: Sequence[Path], overrides: Sequence[tuple[str, str]], mesh: jax.sharding.Mesh
 ) -> tuple[Model, ...]:
-    """Returns the runs of the folders, without decisions; of a cross-validation each fold's."""
+    """Returns the runs of the folders, without decisions; of a cross-validation each fold's.
+
+    Args:
+      workdirs: of training runs and cross-validations, and exported folders.
+      overrides: (key, text) pairs of the command line.
+      mesh: the devices.
+
+    Raises:
+      InputError: see `restore`.
+    """
     runs = [run for workdir in workdirs for run in checkpoints.runs(workdir)]
     return tuple(restore(run, overrides, mesh) for run in runs)
 
@@ -600,12 +628,12 @@ def restore(workdir: Path, overrides: Sequence[tuple[str, str]], mesh: jax.shard
     """Returns the network of a run with its best weights, without decisions.
 
     Args:
-      workdir: of a training run.
+      workdir: of a training run, or an exported folder.
       overrides: (key, text) pairs of the command line.
       mesh: the devices.
 
     Raises:
-      InputError: no checkpoint there, or keys that may not be set anew.
+      InputError: no checkpoint there, none of this network, or keys that may not be set anew.
     """
     params, batch_stats, ema, meta, step = checkpoints.load_for_inference(workdir)
     config = configuration.from_dict(meta["config"], is_trained=True)
@@ -614,10 +642,37 @@ def restore(workdir: Path, overrides: Sequence[tuple[str, str]], mesh: jax.shard
     if faults:
         raise InputError(faults)
     configuration.validate(config, mesh.devices.size)
-    model = Model.of(workdir, config, Classes.from_json(meta["classes"]), mesh)
+    try:
+        classes = Classes.from_json(meta["classes"])
+    except ValueError as error:
+        raise InputError(f"{workdir}: its classes are damaged: {error}") from error
+    model = Model.of(workdir, config, classes, mesh)
     state = {"params": params, "batch_stats": batch_stats, "ema": ema}
-    model = model.with_weights(state, step)
+    model = model.with_weights(state, step).replace(records=meta.get("records", ""))
+    if hub.is_exported(workdir):
+        _check_shapes(model)
     return model.replace(variables=parallel.replicate(mesh, model.variables))
+
+
+def _check_shapes(model: Model) -> None:
+    """Checks that weights, which may come from anybody, are those of the network.
+
+    Raises:
+      InputError: they are not.
+    """
+    network = model.forward.network
+    params, batch_stats = jax.eval_shape(lambda: network.init(0))
+    trees = {"params": params, "batch_stats": batch_stats}, model.variables
+    needed, found = (
+        {path: leaf.shape for path, leaf in pretrained.flatten(tree).items()} for tree in trees
+    )
+    odd = sorted({path for path, _ in needed.items() ^ found.items()})
+    if odd:
+        raise InputError(
+            f"{model.workdir / hub.WEIGHTS} does not fit {network.name} of {len(model.classes)}"
+            f" classes: {len(odd)} tensors are missing, left over or of another shape,"
+            f" {', '.join(odd[:3])} among them."
+        )
 
 
 def judged_weights(state: Mapping[str, Any], asked: str) -> tuple[Variables, str]:
@@ -629,9 +684,14 @@ def judged_weights(state: Mapping[str, Any], asked: str) -> tuple[Variables, str
 
     Returns:
       (variables, 'raw' or 'ema').
+
+    Raises:
+      InputError: those asked for are not there.
     """
     if state["ema"] and asked != "raw":
         return state["ema"], "ema"
+    if not state["params"]:
+        raise InputError("eval.weights = 'raw': an export of averaged weights has no others.")
     return {name: state[name] for name in ("params", "batch_stats")}, "raw"
 
 

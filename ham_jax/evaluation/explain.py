@@ -67,7 +67,11 @@ def choose(judged: Predictions, num_shown: int = NUM_SHOWN) -> dict[str, list[in
 
 
 def run(
-    workdir: Path, split: str, overrides: list[tuple[str, str]], mesh: jax.sharding.Mesh
+    workdir: Path,
+    split: str,
+    overrides: list[tuple[str, str]],
+    mesh: jax.sharding.Mesh,
+    output: Path | None = None,
 ) -> dict[str, Any]:
     """`--mode=explain`: panels of the images that a run's predictions.csv makes worth looking at.
 
@@ -76,6 +80,7 @@ def run(
       split: that its predictions.csv is of.
       overrides: (key, text) pairs of the command line.
       mesh: the devices.
+      output: the folder to write into. Default: explanations/ in the run's.
 
     Returns:
       What explanations/manifest.json holds: `panels`, for each file its images.
@@ -114,11 +119,15 @@ def run(
         if said:
             panels[f"{kind}.png"] = said, *_part(explained, slice(first, first + len(said)))
         first += len(said)
-    return _write(workdir, model, {"split": split}, panels)
+    return _write(output or workdir / FOLDER, model, {"split": split}, panels)
 
 
 def run_on_photographs(
-    workdir: Path, images: str, overrides: list[tuple[str, str]], mesh: jax.sharding.Mesh
+    workdir: Path,
+    images: str,
+    overrides: list[tuple[str, str]],
+    mesh: jax.sharding.Mesh,
+    output: Path | None = None,
 ) -> dict[str, Any]:
     """`--mode=explain --images=...`: panels of a person's own photographs, in their order.
 
@@ -127,6 +136,7 @@ def run_on_photographs(
       images: see `photographs.find_images`; a line says which cannot be read.
       overrides: (key, text) pairs of the command line.
       mesh: the devices.
+      output: the folder to write into. Default: explanations/ in the run's.
 
     Returns:
       As `run`.
@@ -163,16 +173,14 @@ def run_on_photographs(
     for first in range(0, len(said), NUM_SHOWN):
         page = slice(first, first + NUM_SHOWN)
         panels[f"photographs{first // NUM_SHOWN + 1}.png"] = said[page], *_part(explained, page)
-    return _write(workdir, model, {}, panels)
+    return _write(output or workdir / FOLDER, model, {}, panels)
 
 
 def _part(explained: Explanation, rows: slice) -> tuple[np.ndarray, np.ndarray]:
     return explained.view[rows], explained.heat[rows]
 
 
-def _write(
-    workdir: Path, model: Model, beside: Mapping[str, Any], panels: Panels
-) -> dict[str, Any]:
+def _write(folder: Path, model: Model, beside: Mapping[str, Any], panels: Panels) -> dict[str, Any]:
     """Writes the panels and the manifest, and says where; returns the manifest."""
     manifest = {
         **beside,
@@ -181,8 +189,7 @@ def _write(
         "note": DISCLAIMER,
     }
     if parallel.is_main():
-        folder = workdir / FOLDER
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for name, panel in panels.items():
             files.write_bytes(folder / name, draw(*panel))
         files.write_json(folder / "manifest.json", manifest)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 from absl import logging
 
-from ham_jax import checkpoints
+from ham_jax import checkpoints, hub
 from ham_jax import config as configuration
 from ham_jax.config import InputError
 from ham_jax.data import splits
@@ -30,7 +30,7 @@ def refuse_trained_on(source: str, judged: pd.DataFrame, key: str) -> None:
         at, how = ahead.pop()
         if how and ":" not in at and not Path(at).exists():
             _warn_of_unknown(source, key, f"it {how} {at!r}, which is not here")
-        for folder in checkpoints.runs(Path(at)):
+        for folder in checkpoints.runs(_folder(at)):
             is_run = (folder / checkpoints.SPLIT).exists() or checkpoints.has_checkpoints(folder)
             if is_run and folder.resolve() not in asked:
                 asked.add(folder.resolve())
@@ -62,6 +62,12 @@ def _of_run(
         teachers = [path for path in teachers if Path(path).exists()]
     start = [config.model.pretrained] if config.model.pretrained else []
     return [(p, "was taught by") for p in teachers] + [(p, "started from") for p in start]
+
+
+def _folder(source: str) -> Path:
+    """Returns where a run or an export lies; of the hub's, what was downloaded before."""
+    file = hub.download(source, hub.CONFIG, cached=True) if source.startswith(hub.PREFIX) else None
+    return file.parent if file else Path(source)
 
 
 def _warn_of_unknown(source: str, key: str, why: str) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 import sklearn
 
-from ham_jax import DISCLAIMER, console, escape, files, reading
+from ham_jax import DISCLAIMER, console, escape, files, hub, reading
 from ham_jax import config as configuration
 from ham_jax.classes import Classes
 from ham_jax.config import InputError
@@ -135,6 +135,16 @@ def run(workdir: Path, output: Path | None = None) -> None:
     console.print_table(DISCLAIMER, ["", ""], rows)
 
 
+def card(workdir: Path, name: str) -> str:
+    """Returns the model card of a folder under another name: an export's must name no place.
+
+    Raises:
+      InputError: see `run`.
+    """
+    evidence = dataclasses.replace(read(workdir), workdir=Path(name))
+    return render(measure(evidence))[1]
+
+
 def read(workdir: Path) -> Evidence:
     """Reads a folder.
 
@@ -165,9 +175,8 @@ def read(workdir: Path) -> Evidence:
     numbers = get(_read_numbers, "metrics.json", {})
     judged = get(lambda p: _read_predictions(p, _classes(numbers)), "predictions.csv", None)
     rest = (
-        get(reading.read_json, "config.json", None)
-        or get(reading.read_json, "fold0/config.json", None),
-        judged and get(lambda _: calibrator.read(workdir, judged.classes), calibrator.FILE, None),
+        get(_read_config, "config.json", None) or get(reading.read_json, "fold0/config.json", None),
+        judged and get(lambda _: calibrator.read(workdir, judged.classes), "", None),
         judged and get(lambda _: _read_folds(workdir, judged), "fold0", []),
         get(_read_robustness, "robustness.csv", None),
         get(_read_audit, "audit.csv", []) or get(_read_audit, "fold0/audit.csv", []),
@@ -302,6 +311,13 @@ def _commands(evidence: Evidence) -> dict[str, str]:
         "robustness": f"{_PROGRAM} --mode=robustness {where}{chosen}",
         "panels": f"{_PROGRAM} --mode=explain {run}{chosen}",
     }
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Returns a run's configuration, which an export has within what else its file says."""
+    if hub.is_exported(path.parent):
+        return configuration.to_dict(hub.run_config(path.parent))
+    return reading.read_json(path)
 
 
 def _read_numbers(path: Path) -> dict[str, Any]:

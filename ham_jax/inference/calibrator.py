@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ham_jax import DISCLAIMER, files
+from ham_jax import DISCLAIMER, files, reading
 from ham_jax.classes import Classes
 from ham_jax.config import InputError
 from ham_jax.inference import decision
@@ -106,6 +106,10 @@ class Calibrator:
 
     def write(self, workdir: Path) -> None:
         """Writes a run's calibration.json, whole or not at all."""
+        files.write_json(workdir / FILE, self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what calibration.json says."""
         content = {
             "fitted_on": dict(self.fitted_on),
             "classes": list(self.classes),
@@ -114,14 +118,14 @@ class Calibrator:
             "methods": self.methods,
             "note": DISCLAIMER,
         }
-        files.write_json(workdir / FILE, {**content, _CHECKSUM: _checksum(content)})
+        return {**content, _CHECKSUM: _checksum(content)}
 
 
 def read(workdir: Path, classes: Classes) -> Calibrator | None:
     """Returns what `Calibrator.write` wrote, or None where there is no such file.
 
     Args:
-      workdir: of the run.
+      workdir: of the run, or an exported folder, whose config.json has it within.
       classes: of the run.
 
     Raises:
@@ -131,7 +135,13 @@ def read(workdir: Path, classes: Classes) -> Calibrator | None:
     try:
         content = files.read_json(path, how_to_make(workdir))
     except FileNotFoundError:
-        return None
+        try:
+            path = workdir / "config.json"
+            content = reading.read_json(path).get("calibration")
+        except (OSError, ValueError):  # a run's: who needs it says so
+            content = None
+        if not isinstance(content, dict):
+            return None
     # Files of earlier versions have no checksum.
     if content.pop(_CHECKSUM, None) not in (None, _checksum(content)):
         raise InputError(

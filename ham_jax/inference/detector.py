@@ -82,18 +82,26 @@ def load(path: Path) -> Detector | None:
     """
     try:
         saved = reading.read_npz(path, _MAX_BYTES)
-        means, whitening, threshold = (
-            saved[name].astype(np.float64, casting="safe")
-            for name in ("means", "whitening", "threshold")
-        )
-        num = len(whitening)
-        if (means.shape[1:], whitening.shape, threshold.shape) != ((num,), (num, num), ()):
-            raise ValueError("its arrays are not of one size")
-        if not (all(np.isfinite(x).all() for x in (means, whitening)) and 0 < threshold < np.inf):
-            raise ValueError("it holds what is no finite number")
-        provenance = reading.parse_json(str(saved["about"]))
-        return Detector(means, whitening, float(threshold), provenance)
+        return of(saved, reading.parse_json(str(saved["about"])))
     except FileNotFoundError:
         return None
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def of(arrays: Mapping[str, np.ndarray], provenance: Mapping[str, Any]) -> Detector:
+    """Returns the model that a file's arrays are: `means`, `whitening` and `threshold`.
+
+    Raises:
+      KeyError, TypeError, ValueError: they are not.
+    """
+    means, whitening, threshold = (
+        arrays[name].astype(np.float64, casting="safe")
+        for name in ("means", "whitening", "threshold")
+    )
+    num = len(whitening)
+    if (means.shape[1:], whitening.shape, threshold.shape) != ((num,), (num, num), ()):
+        raise ValueError("its arrays are not of one size")
+    if not (all(np.isfinite(x).all() for x in (means, whitening)) and 0 < threshold < np.inf):
+        raise ValueError("it holds what is no finite number")
+    return Detector(means, whitening, float(threshold), provenance)

