@@ -40,6 +40,8 @@ class Call:
       output: None: not given.
       predictions: CSV files.
       overrides: (key, text) of each `--config.key=text`.
+      host: the name or address to listen at.
+      port: likewise.
       mesh: the devices, a jax.sharding.Mesh; None for modes that use none.
     """
 
@@ -51,6 +53,8 @@ class Call:
     output: Path | None
     predictions: list[str]
     overrides: list[tuple[str, str]]
+    host: str
+    port: int
     mesh: Any = None
 
 
@@ -177,6 +181,12 @@ def _predict(call: Call) -> None:
         raise InputError("No photograph could be read; the CSV says why of each.")
 
 
+def _serve(call: Call) -> None:
+    from ham_jax.commands import serve
+
+    serve.run(call.workdirs, call.overrides, call.mesh, call.host, call.port)
+
+
 _IN_EVALUATION = configuration.FREE_IN_EVALUATION
 
 # fmt: off
@@ -232,6 +242,12 @@ MODES = {
         "--workdir=runs/resnet --images=photographs/",
         _predict, needs=("workdir", "images"), takes=("config", "output"), writes="predict.csv",
         averages=True, keys=_IN_EVALUATION),
+    "serve": Mode(
+        "Shows a page in the browser that classifies photographs. It answers this machine alone,"
+        " unless --host says otherwise, and stores nothing.",
+        "--workdir=runs/resnet --port=8000",
+        _serve, needs=("workdir",), takes=("config", "host", "port"), averages=True,
+        keys=_IN_EVALUATION),
 }
 # fmt: on
 
@@ -248,7 +264,11 @@ _FLAG_DOCS = {
 }
 for _name, _doc in _FLAG_DOCS.items():
     flags.DEFINE_string(_name, None, _doc)
-_FLAGS = ("config", "workdir", "split", "images", "output", "predictions")
+flags.DEFINE_string(
+    "host", "127.0.0.1", "Where to listen: 0.0.0.0 answers any machine that can reach this one."
+)
+flags.DEFINE_integer("port", 8000, "The port to listen at; 0: any that is free.", 0, 65535)
+_FLAGS = ("config", "workdir", "split", "images", "output", "predictions", "host", "port")
 _NEEDED = {  # what to give where a flag is missing
     "config": "configs/resnet.py for HAM10000, configs/demo.py for synthetic lesions that need no"
     " data",
@@ -321,7 +341,7 @@ def _read_flags(faults: list[str]) -> Call:
         parts = [text] if os.path.exists(text) else text.split(",")  # a comma may be in a name
         return [expanded(part.strip(), flag) for part in parts]
 
-    value = {name: flags.FLAGS[name].value for name in _FLAGS}
+    value: dict[str, Any] = {name: flags.FLAGS[name].value for name in _FLAGS}
     workdirs = several(value["workdir"], "--workdir")
     if not all(workdirs):
         faults.append(f"--workdir={','.join(workdirs)} names a folder without a name.")
@@ -339,6 +359,8 @@ def _read_flags(faults: list[str]) -> Call:
         output=Path(output) if output else None,
         predictions=several(value["predictions"], "--predictions"),
         overrides=_overrides,
+        host=value["host"],
+        port=value["port"],
     )
 
 
@@ -362,7 +384,7 @@ def _flag_faults(mode: Mode, call: Call) -> list[str]:
             faults.append(
                 f"{name} works in one --workdir, not in {num_runs}, which commas separate."
             )
-        elif not call.output:
+        elif not call.output and "output" in mode.flags:
             faults.append(f"{name} of {num_runs} runs needs --output, the {_output_name(mode)}.")
     return faults
 

@@ -517,7 +517,28 @@ class Ensemble:
         """
         if image_files.is_one(photographs):
             photographs = [photographs]
-        num = len(photographs)
+        size = None if exact else len(photographs)
+        decode = functools.partial(image_files.load_many, photographs)
+        return self.answers(decode, len(photographs), metadata, size, "Predicting")
+
+    def answers(
+        self,
+        decode: Callable[[tuple[int, int], int], Iterable[np.ndarray | image_files.ImageError]],
+        num: int,
+        metadata: Any = None,
+        batch_size: int | None = None,
+        title: str | None = None,
+    ) -> Answers:
+        """Returns what is said of photographs that the caller decodes.
+
+        Args:
+          decode: (canvas, number of processes) -> each photograph on it, as `image.load_many`.
+          num: of the photographs.
+          metadata: see `predict`.
+          batch_size: photographs at once; at least one a device, and at most `eval.batch_size`,
+            which is the default.
+          title: of a progress bar.
+        """
         codes = encode(_table(metadata, num)) if self.takes_metadata else None
         raw = np.full((len(self.members), num, len(self.classes)), np.nan)
         scores = np.full(raw.shape[:2], np.nan)
@@ -528,10 +549,10 @@ class Ensemble:
             config = self.members[chosen[0]].config
             num_devices = self.members[0].forward.mesh.devices.size
             size = config.eval.batch_size
-            if not exact:
-                size = min(size, -(-num // num_devices) * num_devices)
-            decoded = image_files.load_many(photographs, canvas, config.data.num_workers)
-            for rows, images in _in_batches(decoded, num, size, errors):
+            if batch_size is not None:
+                size = min(size, -(-batch_size // num_devices) * num_devices)
+            decoded = decode(canvas, config.data.num_workers)
+            for rows, images in _in_batches(decoded, num, size, errors, title):
                 beside = None if codes is None else codes[rows]
                 for place in chosen:
                     member = self.members[place]
@@ -657,6 +678,7 @@ def _in_batches(
     num_photographs: int,
     batch_size: int,
     errors: dict[int, str],
+    title: str | None,
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     """Yields (numbers, pixels uint8 [k, H, W, 3]) of the readable ones, a batch at a time.
 
@@ -664,7 +686,7 @@ def _in_batches(
     """
     rows: list[int] = []
     batch: list[np.ndarray] = []
-    with console.progress("Predicting") as progress:
+    with console.progress(title) as progress:
         for number, pixels in enumerate(decoded):
             if isinstance(pixels, image_files.ImageError):
                 errors[number] = str(pixels)

@@ -12,11 +12,14 @@ import itertools
 import math
 import multiprocessing
 import os
+import signal
 import stat
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
 import numpy as np
@@ -55,6 +58,7 @@ MAX_BYTES = 1 << 30
 
 pillow_heif.register_heif_opener(thumbnails=False)
 
+_SPAWN = multiprocessing.get_context("spawn")  # a fork would copy JAX's locked threads
 _FEW = 32  # sources for which starting processes does not pay
 _AHEAD_PER_WORKER = 32
 _MAX_PIXELS = 200_000_000
@@ -77,7 +81,7 @@ class ImageError(ValueError):
     """A photograph that cannot be decoded; the text says why."""
 
 
-def load(source, canvas: tuple[int, int]) -> np.ndarray:
+def load(source, canvas: tuple[int, int], max_pixels: int = _MAX_PIXELS) -> np.ndarray:
     """Decodes a photograph onto the canvas.
 
     The EXIF turn is applied. A portrait is turned a quarter to the left, for a lesion has no top:
@@ -96,6 +100,7 @@ def load(source, canvas: tuple[int, int]) -> np.ndarray:
       source: a path, a file's bytes, an object whose `read()` returns them, a Pillow image, or an
         array uint8 [H, W, 3] in sRGB.
       canvas: height, width in pixels; a portrait canvas turns landscapes instead.
+      max_pixels: of more, a photograph is too large.
 
     Returns:
       uint8 [H, W, 3].
@@ -105,7 +110,7 @@ def load(source, canvas: tuple[int, int]) -> np.ndarray:
         of a range of values that nothing tells.
     """
     with _faults_named():
-        return _on_canvas(_decoded(_bytes(source), canvas), canvas)
+        return _on_canvas(_decoded(_bytes(source), canvas, max_pixels), canvas)
 
 
 def load_many(
@@ -154,27 +159,80 @@ def _load_in_pool(sources: Iterator, canvas: tuple[int, int], num_workers: int):
 
 def _load_alone(sources: list, canvas: tuple[int, int]) -> Iterator[np.ndarray | ImageError]:
     """Decodes one at a time in a process, so that one that ends it is known by that."""
-    while sources:
-        with _pool(1) as pool:
-            pool.submit(os.getpid).result()  # raises where no process lives here at all
-            while sources:
-                source = sources.pop(0)
-                try:
-                    pixels = pool.submit(_load_or_error, source, canvas).result()
-                except BrokenProcessPool:
-                    yield ImageError("damaged or too large: the process that decoded it was killed")
-                    break
-                yield pixels
+    with contextlib.closing(Decoder()) as decoder:
+        for source in sources:
+            yield decoder.load(source, canvas)
+
+
+class Decoder:
+    """A process that decodes one photograph at a time; one that ends or stalls it is an ImageError.
+
+    It starts with the first photograph, and anew after one that it did not survive.
+
+    Args:
+      time_limit_s: for a photograph; None: as long as it takes.
+      max_pixels: see `load`.
+    """
+
+    def __init__(self, time_limit_s: float | None = None, max_pixels: int = _MAX_PIXELS):
+        self._time_limit_s, self._max_pixels = time_limit_s, max_pixels
+        self._process: SpawnProcess | None = None
+
+    def start(self) -> None:
+        """Starts the process, and waits until it is ready; EOFError where none lives here."""
+        self._pipe, its_end = _SPAWN.Pipe()
+        self._process = _SPAWN.Process(
+            target=_decode, args=(its_end, self._max_pixels), daemon=True
+        )
+        self._process.start()
+        its_end.close()  # so that the pipe ends with the process
+        self._pipe.recv()
+
+    def load(self, source, canvas: tuple[int, int]) -> np.ndarray | ImageError:
+        """Returns a photograph's pixels, or the ImageError that says why there are none."""
+        if self._process is None:
+            self.start()
+        try:
+            self._pipe.send((source, canvas))
+            if self._pipe.poll(self._time_limit_s):
+                return self._pipe.recv()
+            error = ImageError(f"damaged or too large: not decoded in {self._time_limit_s:g} s")
+        except (EOFError, ConnectionError):
+            error = ImageError("damaged or too large: the process that decoded it was killed")
+        self.close()
+        return error
+
+    def close(self) -> None:
+        """Ends the process, whatever it does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._process = None
+            self._pipe.close()
+
+
+def _decode(pipe: Connection, max_pixels: int) -> None:
+    """Decodes what comes through the pipe until its other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal, for the process that started it
+    pipe.send(None)
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            source, canvas = pipe.recv()
+            pipe.send(_load_or_error(source, canvas, max_pixels))
 
 
 def _pool(num_workers: int) -> concurrent.futures.ProcessPoolExecutor:
-    context = multiprocessing.get_context("spawn")  # a fork would copy JAX's locked threads
-    return concurrent.futures.ProcessPoolExecutor(num_workers, context)
+    return concurrent.futures.ProcessPoolExecutor(num_workers, _SPAWN)
 
 
 def save_jpeg(pixels: np.ndarray, path: str | os.PathLike, quality: int) -> None:
     """Writes uint8 [H, W, 3] as a JPEG."""
     Image.fromarray(pixels).save(path, "JPEG", quality=quality)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """Returns uint8 [H, W, 3] as a PNG."""
+    return _png(Image.fromarray(pixels))
 
 
 def smaller_png(path: str | os.PathLike, side: int) -> bytes:
@@ -191,9 +249,11 @@ def smaller_png(path: str | os.PathLike, side: int) -> bytes:
     return buffer.getvalue()
 
 
-def _load_or_error(source, canvas: tuple[int, int]) -> np.ndarray | ImageError:
+def _load_or_error(
+    source, canvas: tuple[int, int], max_pixels: int = _MAX_PIXELS
+) -> np.ndarray | ImageError:
     try:
-        return load(source, canvas)
+        return load(source, canvas, max_pixels)
     except ImageError as error:
         return error
 
@@ -277,21 +337,24 @@ def _file_bytes(path: str | os.PathLike) -> bytes:
         raise ImageError(f"cannot be opened: {error.strerror or error}") from error
 
 
-def _decoded(data: bytes, canvas: tuple[int, int] | None = None) -> Image.Image:
+def _decoded(
+    data: bytes, canvas: tuple[int, int] | None = None, max_pixels: int = _MAX_PIXELS
+) -> Image.Image:
     """Returns a file's picture, turned as its EXIF says, in sRGB.
 
     Args:
       data: the file.
       canvas: height, width that it will be scaled to; a JPEG may then be decoded smaller.
+      max_pixels: see `load`.
     """
     if dicom.is_dicom(data):
-        return _dicom(data)
+        return _dicom(data, max_pixels)
     file = exif.read(data)
     # Uncompressed planes of 16 bits come out as noise unless libtiff takes them apart.
     TiffImagePlugin.READ_LIBTIFF = _in_planes(file)
     with _opened(file.data) as image:
         num_scans = file.data.count(b"\xff\xda") if image.format == "JPEG" else 1
-        if image.width * image.height * max(1, num_scans / _MAX_SCANS) > _MAX_PIXELS:
+        if image.width * image.height * max(1, num_scans / _MAX_SCANS) > max_pixels:
             raise ImageError(f"too large: {image.width} x {image.height} pixels")
         if canvas and image.format == "JPEG":
             # libjpeg can decode a half, quarter or eighth of each side, the faster the smaller.
@@ -346,9 +409,9 @@ def _orientation(info: dict) -> int:
     return exif.orientation(raw, info.get("XML:com.adobe.xmp") or info.get("xmp"))
 
 
-def _dicom(data: bytes) -> Image.Image:
+def _dicom(data: bytes, max_pixels: int) -> Image.Image:
     try:
-        found = dicom.read(data, _MAX_PIXELS)
+        found = dicom.read(data, max_pixels)
     except dicom.UnreadableError as error:
         raise ImageError(str(error)) from error
     pixels = _eight_bits(found.values, found.bits, found.window)
