@@ -3,6 +3,7 @@
 import { byName, members, ranked, said, withdrawn } from "./answer.js";
 import { capital, csv, make, percent } from "./text.js";
 
+const FORM = { dateStyle: "long", timeStyle: "short" };
 const SIDE = 240; // pixels of the longer side of a picture in the saved page
 const POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'";
 
@@ -43,10 +44,10 @@ export async function asPage(photographs, model) {
     "body",
     { class: "kept" },
     make("header", {}, make("div", {}, make("h1", {}, title),
-      make("p", {}, `${new Date().toLocaleString("en-GB")}, ham_jax ${model.version}`))),
+      make("p", {}, `${new Date().toLocaleString("en-GB", FORM)}, ham_jax ${model.version}`))),
     make("main", {},
       make("p", { class: "notice" }, make("b", {}, model.disclaimer),
-        " If you are worried about a mole, see a doctor."),
+        " This is not a medical device. If you are worried about a mole, see a doctor."),
       make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "All answers" },
         make("table", {}, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows)))),
   );
@@ -59,10 +60,11 @@ export async function asPage(photographs, model) {
 }
 
 async function row(photograph, model) {
-  const { name, answer, error } = photograph;
+  const { name, answer, error, metadata } = photograph;
+  const known = Object.values(metadata).join(", ");
   const picture = await small(photograph);
   const first = make("th", { scope: "row" },
-    picture ? make("img", { src: picture, alt: "" }) : null, make("bdi", {}, name));
+    picture ? make("img", { src: picture, alt: "" }) : null, make("bdi", {}, name), known ? make("span", { class: "quiet" }, ` (${known})`) : null);
   const wide = (...children) => make("tr", {}, first, make("td", { colspan: "4" }, ...children));
   if (!answer) return wide(make("p", {}, make("b", {}, "No answer. "), error || "Not yet answered."));
   if (answer.unlike) return wide(...withdrawn(said(model, answer)));

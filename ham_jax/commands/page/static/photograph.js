@@ -1,7 +1,7 @@
 // A photograph and its card.
 
 import { said, withdrawn } from "./answer.js";
-import { make, shown } from "./text.js";
+import { capital, make, shown } from "./text.js";
 
 let number = 0;
 
@@ -99,7 +99,7 @@ export class Photograph {
   /** Shows why there is no answer, and a way to ask again where that may help. */
   fail(error, again = false) {
     this.answer = null;
-    this.error = shown(error);
+    this.error = capital(shown(error));
     const elements = [make("p", { class: "notice" }, make("b", {}, "No answer. "), this.error)];
     if (again) {
       const button = make("button", { type: "button" }, "Try again");
