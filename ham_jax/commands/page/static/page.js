@@ -9,6 +9,8 @@ const TRIES = 10; // of a request while the server is busy
 const BUSY = [429, 503];
 const PAUSE_MS = 2000;
 
+const ORDER = new Intl.Collator("en", { numeric: true });
+
 const at = (id) => document.getElementById(id);
 const wait = (time) => new Promise((done) => setTimeout(done, time));
 
@@ -48,6 +50,7 @@ class Page {
 
   /** Adds files, and asks for them. */
   add(found, leftOut = 0) {
+    found.sort((one, other) => ORDER.compare(one.path, other.path)); // a folder has no order
     const fresh = found.map(({ file, path }) => new Photograph(file, path, this.model, this));
     this.photographs.push(...fresh);
     at("cards").append(...fresh.map((photograph) => photograph.element));

@@ -3,7 +3,7 @@
 const HIDDEN = /(?![\u200c\u200d])[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]/gu;
 const SHORT = { "\n": "\\n", "\r": "\\r", "\t": "\\t" };
 const FORMULA = /^['\s]*[=+\-@\t\r\n＝＋－＠]/;
-const NUMBER = /^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$/;
+const NUMBER = /^[+-]?(\p{Nd}+\.?\p{Nd}*|\.\p{Nd}+)([eE][+-]?\p{Nd}+)?$/u;
 
 /** Returns an element: `make("p", { class: "quiet" }, "text", otherElement)`. */
 export function make(tag, attributes = {}, ...children) {
