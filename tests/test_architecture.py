@@ -42,7 +42,10 @@ ONLY_IN = {
     "pillow_heif": ["data/image.py"],
     "pydicom": ["data/dicom.py"],
     "matplotlib": ["evaluation/explain.py", "evaluation/figures.py", "evaluation/report.py"],
-    "jinja2": ["evaluation/report.py"],
+    "jinja2": ["commands/serve.py", "evaluation/report.py"],
+    "starlette": ["commands/serve.py"],
+    "uvicorn": ["commands/serve.py"],
+    "markdown_it": ["commands/service.py"],
     "rich": ["console.py"],
     "tensorboardX": ["training/telemetry.py"],
 }

@@ -42,7 +42,7 @@ def test_overrides_are_taken_out_of_the_command_line():
         (["--cofig=x"], ["Did you mean: config"]),
         (
             ["--mode=evaluate"],
-            ["train|crossval|prepare|eval|robustness|explain|report|compare|predict"],
+            ["train|crossval|prepare|eval|robustness|explain|report|compare|predict|serve"],
         ),
         (["stray", "--config={root}/configs/demo.py"], ["'stray': every argument must be"]),
         (["--config=nowhere.py"], ["there is no file nowhere.py"]),

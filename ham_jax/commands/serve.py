@@ -254,8 +254,12 @@ def _predict(service: services.Service) -> Callable[[Request], Awaitable[Respons
             raise HTTPException(422, f"class must be one of {allowed}.")
         explain = request.query_params.get("explain", "0") not in ("0", "false")
         with held.by_request() as hold:
-            photographs, known = _parts(await _form(request, hold), service)
-            files = [await _file(photograph) for photograph in photographs]
+            form = await _form(request, hold)
+            try:
+                photographs, known = _parts(form, service)
+                files = [await _file(photograph) for photograph in photographs]
+            finally:
+                await form.close()
             try:
                 answers = await service.predict(
                     files, known, explain, name, request.is_disconnected
@@ -398,9 +402,7 @@ def _parts(form: FormData, service: services.Service) -> tuple[list[UploadFile],
 async def _file(photograph: UploadFile) -> bytes | ImageError:
     if (photograph.size or 0) > MAX_BYTES:
         return ImageError(f"too large: more than {MAX_BYTES // _MB} MB in one file")
-    data = await photograph.read()
-    await photograph.close()
-    return data
+    return await photograph.read()
 
 
 async def _refused(request: Request, error: Exception) -> Response:

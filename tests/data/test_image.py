@@ -1,10 +1,13 @@
 """Any photograph becomes the same RGB pixels; what cannot be read says why."""
 
+import contextlib
 import io
+import multiprocessing
 import os
 import struct
 import subprocess
 import sys
+import time
 import zlib
 
 import numpy as np
@@ -291,15 +294,25 @@ def test_only_regular_files_of_a_sane_size_are_opened(opener, tmp_path):
             opener(tmp_path / name)
 
 
-def test_pictures_that_would_take_for_ever_are_refused():
+def many_scans():
     scans = encode(Image.new("RGB", (4000, 4000)), "JPEG", progressive=True)
     last = scans[scans.rindex(b"\xff\xda") : -2]
-    with pytest.raises(ImageError, match="too large"):
-        image.load(scans[:-2] + last * 300 + scans[-2:], (30, 40))
+    return scans[:-2] + last * 300 + scans[-2:]
+
+
+def huge_heic():
     heic = encode(SMOOTH, "HEIF")
     size = heic.index(b"ispe") + 8
+    return heic[:size] + b"\0\1\0\0" * 2 + heic[size + 8 :]
+
+
+def test_pictures_that_would_take_for_ever_are_refused():
+    with pytest.raises(ImageError, match="too large"):
+        image.load(many_scans(), (30, 40))
     with pytest.raises(ImageError):
-        image.load(heic[:size] + b"\0\1\0\0" * 2 + heic[size + 8 :], (30, 40))
+        image.load(huge_heic(), (30, 40))
+    with pytest.raises(ImageError, match="too large: 40 x 30 pixels"):
+        image.load(encode(SMOOTH, "PNG"), (30, 40), max_pixels=1199)
 
 
 class Deadly:
@@ -320,6 +333,26 @@ def test_a_photograph_that_kills_its_process_is_named_and_the_others_are_read():
         else:
             np.testing.assert_array_equal(got, SMOOTH)
     assert number == 89
+
+
+class Endless:
+    """A photograph at which the process that receives it stalls."""
+
+    def __reduce__(self):
+        return time.sleep, (60,)
+
+
+def test_a_decoder_outlives_whatever_it_is_given():
+    good = encode(SMOOTH, "PNG")
+    with contextlib.closing(image.Decoder(1.0, max_pixels=1200)) as decoder:
+        for source, reason in (
+            (Endless(), "not decoded in 1 s"),
+            (Deadly(), "killed"),
+            (encode(np.zeros((40, 40, 3), np.uint8), "PNG"), "too large: 40 x 40"),
+        ):
+            assert reason in str(decoder.load(source, (30, 40)))
+            np.testing.assert_array_equal(decoder.load(good, (30, 40)), SMOOTH)
+    assert not multiprocessing.active_children()
 
 
 def test_a_large_jpeg_is_decoded_small_and_looks_the_same():
