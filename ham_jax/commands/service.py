@@ -272,7 +272,6 @@ def describe(ensemble: Ensemble) -> dict[str, Any]:
         "has_calibration": all(member.calibrator for member in members),
         "has_ood": any(member.detector for member in members),
         "heat_map_of": names[0] if len(names) > 1 else None,
-        "accept": ",".join(["image/*", *sorted(image_files.SUFFIXES)]),
         "card_html": _card(members) or None,
         "accept": ",".join(["image/*", *sorted(image_files.SUFFIXES)]),
         "disclaimer": DISCLAIMER,
