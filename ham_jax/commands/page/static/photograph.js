@@ -122,7 +122,9 @@ export class Photograph {
     const button = make("button", { type: "button", "aria-pressed": "false" }, "Heat map");
     const choice = make("select", {}, ...this.model.classes.map(({ name, title }) =>
       make("option", { value: name, selected: name === this.answer.prediction }, title)));
-    const label = make("label", { hidden: true }, "Places that spoke for", choice);
+    const { heat_map_of: member } = this.model; // of an ensemble
+    const places = member ? `Places that spoke, in ${shown(member)}, for` : "Places that spoke for";
+    const label = make("label", { hidden: true }, places, choice);
     const trouble = make("p", { class: "quiet", role: "status" });
     const show = async () => {
       const isOn = button.getAttribute("aria-pressed") === "true";
