@@ -46,6 +46,7 @@ class Page {
     this.photographs = [];
     this.queue = []; // photographs to ask for
     this.asked = []; // photographs that the server has now
+    this.leftOut = 0; // files of folders that are no photographs
   }
 
   /** Adds files, and asks for them. */
@@ -55,9 +56,9 @@ class Page {
     this.photographs.push(...fresh);
     at("cards").append(...fresh.map((photograph) => photograph.element));
     this.fit();
-    const left = leftOut ? ` ${count(leftOut, "other file")} left out.` : "";
-    this.tell(`${count(fresh.length, "photograph")} added.${left}`);
+    this.leftOut += leftOut;
     for (const photograph of fresh) this.enqueue(photograph);
+    this.tell(this.summary());
     this.work();
   }
 
@@ -93,6 +94,7 @@ class Page {
     for (const photograph of this.photographs) photograph.close();
     this.photographs = [];
     this.queue = [];
+    this.leftOut = 0;
     this.fit();
     at("choose").focus();
     this.tell("All photographs removed.");
@@ -107,7 +109,7 @@ class Page {
       if (!this.watched) this.watch();
       await this.answer(batch);
       this.asked = [];
-      this.tell(this.summary());
+      if (this.photographs.length) this.tell(this.summary());
     }
   }
 
@@ -182,11 +184,11 @@ class Page {
       [number(({ answer }) => answer?.flagged && !answer.unlike), "flagged as possibly malignant"],
       [number(({ answer }) => answer?.unlike), "unlike the photographs of training"],
       [number(({ error }) => error), "without an answer"],
+      [this.leftOut, "left out, as other kinds of files"],
     ].filter(([some]) => some).map(([some, words]) => `${some} ${words}`);
-    const left = this.queue.length;
+    const waiting = this.queue.length ? `, ${this.queue.length} waiting` : "";
     const done = `${number(({ answer }) => answer)} of ${count(this.photographs.length, "photograph")}`;
-    return `${done} answered${left ? "" : "."}${left ? `, ${left} waiting.` : ""}`
-      + `${parts.length ? ` ${parts.join(", ")}.` : ""}`;
+    return `${done} answered${waiting}.${parts.length ? ` ${parts.join(", ")}.` : ""}`;
   }
 
   fit() {
@@ -280,6 +282,12 @@ function connectDialogs() {
     at(`open-${name}`).addEventListener("click", () => at(name).showModal());
   }
   for (const link of at("card").querySelectorAll("a[href^=http]")) link.target = "_blank";
+  for (const [place, table] of at("card").querySelectorAll("table").entries()) {
+    const label = `Table ${place + 1} of the model card`;
+    const frame = make("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": label });
+    table.replaceWith(frame);
+    frame.append(table);
+  }
 }
 
 connectDialogs();
