@@ -125,6 +125,8 @@ def _end(*_) -> NoReturn:
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    if not host:
+        raise InputError("--host= is empty: 127.0.0.1 answers this machine alone, 0.0.0.0 all.")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family)
@@ -205,7 +207,7 @@ class _Guard:
                 f"{escape.shown(host)!r:.80} is not the name of this server: open it by the address"
                 " that it printed."
             )
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin not in (None, f"http://{host}", f"https://{host}"):
             return "Only this server's own page may ask it, not one from elsewhere."
         site = headers.get("sec-fetch-site", "none")
         # A link that leads here from elsewhere opens the page, and no more.
@@ -334,8 +336,10 @@ async def _form(request: Request, hold: Callable[[int], None]) -> FormData:
     if kind.partition(";")[0].strip().lower() != "multipart/form-data":
         raise HTTPException(415, "Send photographs as multipart/form-data, parts `photograph`.")
 
+    body = request.stream()
+
     async def counted() -> AsyncGenerator[bytes, None]:
-        async for chunk in request.stream():
+        async for chunk in body:
             hold(len(chunk))
             yield chunk
 
@@ -362,7 +366,7 @@ async def _form(request: Request, hold: Callable[[int], None]) -> FormData:
         refusal = error
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_DRAIN_S):
-            async for _ in request.stream():
+            async for _ in body:
                 pass
     refusal.headers = {**(refusal.headers or {}), "Connection": "close"}
     raise refusal
