@@ -256,6 +256,11 @@ def test_a_folder_of_twenty_is_dropped_and_its_answers_are_kept(visit, photograp
         f"{photographs[0].name}/lesion{n:02d}.png" for n in (0, 1)
     ]
     assert rows[-1]["path"] == f"'{evil}"
+    assert [*rows[0]] == [
+        *("path", "prediction", *HAM10000, "malignant", "malignant_flag", "prediction_set"),
+        *("ood_score", "ood", "age", "sex", "localization", "error", "note"),
+    ]
+    assert [bool(row["note"]) for row in rows] == [True] + [False] * 20
     assert sum(float(rows[0][dx]) for dx in HAM10000) == pytest.approx(1, abs=1e-5)
     kept = tmp_path / "answers.html"
     kept.write_bytes(saved(page, "HTML"))

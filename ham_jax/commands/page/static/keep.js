@@ -1,33 +1,34 @@
 // All answers as files to keep: a CSV like that of --mode=predict, and a page that needs no network.
 
 import { byName, members, ranked, said, withdrawn } from "./answer.js";
-import { capital, csv, make, percent } from "./text.js";
+import { capital, csv, make, percent, shown } from "./text.js";
 
 const FORM = { dateStyle: "long", timeStyle: "short" };
 const SIDE = 240; // pixels of the longer side of a picture in the saved page
 const POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'";
 
-/** Returns the answers as CSV, in the columns of predict.csv. */
+/** Returns the answers as CSV, in the columns of predict.csv, and what was known beside them. */
 export function asCsv(photographs, model) {
   const names = model.classes.map((one) => one.name);
-  const takenAlready = names.some((name) => name.toLowerCase() === "malignant");
+  const isTaken = names.some((name) => name.toLowerCase() === "malignant");
   const between = names.some((name) => name.includes(" ")) ? "; " : " ";
-  const number = (value) => (value === null ? "" : String(Number(value.toFixed(6))));
-  const yes = (value) => (value === null ? "" : value ? "yes" : "no");
   const given = model.takes_metadata ? ["age", "sex", "localization"] : [];
-  const header = ["path", "prediction", ...names, takenAlready ? "any_malignant" : "malignant",
+  const yes = (value) => (value ? "yes" : "no");
+  const decisions = ({ malignancy, flagged, prediction_set: held, ood_score: score, unlike }) => [
+    ...malignancy === null ? ["", ""] : [malignancy.toFixed(6), yes(flagged)],
+    held === null ? "" : held.join(between) || "empty",
+    ...score === null ? ["", ""] : [Number(score.toPrecision(6)), yes(unlike)],
+  ];
+  const header = ["path", "prediction", ...names, isTaken ? "any_malignant" : "malignant",
     "malignant_flag", "prediction_set", "ood_score", "ood", ...given, "error", "note"];
-  const rows = photographs.map(({ name, answer, error, metadata }) => {
-    const beside = given.map((key) => metadata[key] ?? "");
-    if (!answer) {
-      return [name, ...Array(names.length + 6).fill(""), ...beside, error || "not yet answered",
-        model.disclaimer];
-    }
-    const members = answer.prediction_set;
-    return [name, answer.prediction, ...names.map((one) => number(answer.probabilities[one])),
-      number(answer.malignancy), yes(answer.flagged), members && (members.join(between) || "empty"),
-      number(answer.ood_score), answer.ood_score === null ? "" : yes(answer.unlike), ...beside, "",
-      model.disclaimer].map((value) => value ?? "");
+  const rows = photographs.map(({ name, answer, error, metadata }, place) => {
+    const said = answer
+      ? [answer.prediction, ...names.map((one) => answer.probabilities[one].toFixed(6)),
+        ...decisions(answer)]
+      : Array(names.length + 6).fill("");
+    const note = place ? "" : [model.disclaimer, model.sets_note ?? ""].join(" ").trim();
+    const why = answer ? "" : error || "not yet answered";
+    return [name, ...said, ...given.map((key) => metadata[key] ?? ""), why, note];
   });
   return csv([header, ...rows]);
 }
@@ -39,7 +40,7 @@ export async function asPage(photographs, model) {
   for (const photograph of photographs) rows.push(await row(photograph, model));
   const head = ["Photograph", "Diagnosis", "Malignant", `Set for ${percent(model.level)}`,
     "Probabilities"].map((text) => make("th", { scope: "col" }, text));
-  const title = `Answers of ${model.name}`;
+  const title = `Answers of ${shown(model.name)}`;
   const body = make(
     "body",
     { class: "kept" },
@@ -48,6 +49,7 @@ export async function asPage(photographs, model) {
     make("main", {},
       make("p", { class: "notice" }, make("b", {}, model.disclaimer),
         " This is not a medical device. If you are worried about a mole, see a doctor."),
+      model.sets_note && make("p", {}, model.sets_note),
       make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "All answers" },
         make("table", {}, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows)))),
   );
@@ -64,7 +66,9 @@ async function row(photograph, model) {
   const known = Object.values(metadata).join(", ");
   const picture = await small(photograph);
   const first = make("th", { scope: "row" },
-    picture ? make("img", { src: picture, alt: "" }) : null, make("bdi", {}, name), known ? make("span", { class: "quiet" }, ` (${known})`) : null);
+    picture && make("img", { src: picture, alt: "" }),
+    make("bdi", {}, name),
+    known ? make("span", { class: "quiet" }, ` (${known})`) : null);
   const wide = (...children) => make("tr", {}, first, make("td", { colspan: "4" }, ...children));
   if (!answer) return wide(make("p", {}, make("b", {}, "No answer. "), error || "Not yet answered."));
   if (answer.unlike) return wide(...withdrawn(said(model, answer)));
@@ -89,7 +93,7 @@ async function small({ file }) {
   try {
     whole = await createImageBitmap(file);
   } catch {
-    return null; // HEIC, DICOM or a broken file: the table says so
+    return null; // such as HEIC, DICOM or a broken file
   }
   const scale = Math.min(1, SIDE / Math.max(whole.width, whole.height));
   const canvas = make("canvas");

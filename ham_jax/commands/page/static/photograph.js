@@ -19,7 +19,7 @@ export class Photograph {
     this.error = ""; // why there is no answer
     this.metadata = {};
     this.url = URL.createObjectURL(file);
-    this.heatMaps = new Map(); // addresses by diagnosis
+    this.heatMaps = new Map(); // their addresses by diagnosis
     this.build();
   }
 
@@ -56,7 +56,7 @@ export class Photograph {
     return make(
       "fieldset",
       { class: "known" },
-      make("legend", {}, "What is known, if anything"),
+      make("legend", {}, "Where known"),
       this.field("Age in years", "age", age),
       choice("Sex", "sex", this.model.metadata.sex),
       choice("Site", "localization", this.model.metadata.localization),
@@ -89,7 +89,7 @@ export class Photograph {
     const wasOpen = this.text.querySelector(".withdrawn")?.open ?? false;
     this.answer = answer;
     this.error = "";
-    this.heatMaps.clear();
+    this.heatMaps = new Map();
     this.showPhotograph();
     const elements = [...said(this.model, answer), this.heatMap()];
     this.settle(answer.unlike ? "unlike" : "", answer.unlike ? withdrawn(elements) : elements);
@@ -154,9 +154,10 @@ export class Photograph {
 
   /** Returns the heat map's address for a diagnosis, or a sentence why there is none. */
   async explain(name) {
-    if (this.heatMaps.has(name)) return { address: this.heatMaps.get(name) };
+    const { heatMaps } = this; // a further answer brings others
+    if (heatMaps.has(name)) return { address: heatMaps.get(name) };
     const found = await this.page.explain(this, name);
-    if (found.address) this.heatMaps.set(name, found.address);
+    if (found.address) heatMaps.set(name, found.address);
     return found;
   }
 
