@@ -19,7 +19,7 @@ from ham_jax.data import image, synthetic  # noqa: E402
 
 CHROMIUM = "/usr/bin/chromium"
 MAX_BYTES = 250_000
-LESIONS = {"lesion 1.png": ("mel", 7), "lesion 2.png": ("nv", 2)}  # diagnosis, number
+LESIONS = {"lesion 1.png": ("mel", 3), "lesion 2.png": ("bkl", 4)}  # diagnosis, number
 
 
 def draw(folder: Path) -> list[Path]:
@@ -32,7 +32,7 @@ def draw(folder: Path) -> list[Path]:
     sky[(y - 20) ** 2 + (x - 130) ** 2 < 150] = 255, 225, 120
     sky[(y > 45) & (abs(x - 70) < y - 40) & (y < 90)] = 150, 70, 50
     sky[y > 90] = 70, 120, 60
-    pictures["house.png"] = sky.clip(0, 255).astype(np.uint8)
+    pictures["roof.png"] = sky.clip(0, 255).astype(np.uint8)
     for name, pixels in pictures.items():
         (folder / name).write_bytes(image.png(pixels))
     return [folder / name for name in pictures]
@@ -43,7 +43,7 @@ def fill(page: Page, photographs: list[Path]) -> None:
     page.locator("#files").set_input_files(photographs)
     expect(page.locator(".card")).to_have_count(len(photographs))
     expect(page.locator("[aria-busy]")).to_have_count(0, timeout=60_000)
-    page.get_by_role("button", name="Heat map").nth(1).click()
+    page.get_by_role("button", name="Heat map").first.click()
     expect(page.locator("img[alt^='Heat map']")).to_have_count(1)
 
 
@@ -52,7 +52,7 @@ def shoot(address: str, photographs: list[Path], output: Path) -> list[str]:
     wrong: list[str] = []
     with sync_playwright() as programs:
         browser = programs.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 960})
+        page = browser.new_page(viewport={"width": 1280, "height": 1180})
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda line: wrong.append(line.text))
         page.goto(address)

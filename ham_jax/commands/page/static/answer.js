@@ -33,7 +33,8 @@ function headline(model, answer) {
 
 function flag(answer) {
   if (answer.flagged === null) return null;
-  const sum = `Together, the malignant diagnoses have a probability of ${percent(answer.malignancy)}`;
+  const share = percent(answer.malignancy).replace("<", "below").replace(">", "above");
+  const sum = `Together, the malignant diagnoses have a probability ${/^\d/.test(share) ? "of " : ""}${share}`;
   return answer.flagged
     ? make("p", { class: "flag flagged" }, make("b", {}, "Flagged as possibly malignant."), ` ${sum}.`)
     : make("p", { class: "flag" }, make("b", {}, "Not flagged as malignant."),
