@@ -10,6 +10,7 @@ import contextlib
 import importlib.resources
 import ipaddress
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -74,7 +75,7 @@ def run(
     mesh: jax.sharding.Mesh,
     host: str,
     port: int,
-) -> NoReturn:
+) -> None:
     """Serves until a signal ends it, SIGINT or SIGTERM, which it does at once.
 
     Args:
@@ -99,14 +100,13 @@ def run(
     config = uvicorn.Config(
         app(service, host), lifespan="off", ws="none", log_level="warning", server_header=False
     )
-    name = f"[{host}]" if ":" in host else host
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # uploads that are none
     print(
-        f"Open http://{name}:{listener.getsockname()[1]}/ in a browser (ready after"
-        f" {time.monotonic() - start:.1f} s; Ctrl-C ends it). {DISCLAIMER}",
+        f"Open {_address(host, listener)} (ready after {time.monotonic() - start:.1f} s; Ctrl-C"
+        f" ends it). {DISCLAIMER}",
         flush=True,
     )
     asyncio.run(_Server(config).serve(sockets=[listener]))
-    raise AssertionError("uvicorn ended by itself")
 
 
 class _Server(uvicorn.Server):
@@ -135,6 +135,14 @@ def _listen(host: str, port: int) -> socket.socket:
             f"--host={host} --port={port}: nothing can listen there: {error.strerror or error}."
             " Give another --port (0 takes any that is free), or a --host of this machine."
         ) from error
+
+
+def _address(host: str, listener: socket.socket) -> str:
+    """Returns what to open in a browser, in words."""
+    port = listener.getsockname()[1]
+    if host in ("0.0.0.0", "::"):
+        return f"http://localhost:{port}/ or, from elsewhere, this machine's name or address"
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
 def app(service: services.Service, host: str) -> ASGIApp:
@@ -182,8 +190,6 @@ class _Guard:
 
     def __init__(self, app: ASGIApp, host: str):
         self._app, self._names = app, {"localhost", host.lower()}
-        with contextlib.suppress(ValueError):
-            self._names.add(str(ipaddress.ip_address(host)))
         self._is_local = _is_loopback(host)
         if not self._is_local:
             name = socket.gethostname().lower()
@@ -357,7 +363,7 @@ async def _form(request: Request, hold: Callable[[int], None]) -> FormData:
             )
             return await parser.parse()
     except TimeoutError:
-        raise HTTPException(408, f"The upload took longer than {_UPLOAD_S} s.") from None
+        refusal = HTTPException(408, f"The upload took longer than {_UPLOAD_S} s.")
     except MultiPartException as error:
         refusal = HTTPException(422, f"The upload cannot be read: {error.message}")
         if error.message.startswith("Too many files"):

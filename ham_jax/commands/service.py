@@ -80,7 +80,7 @@ class Service:
         self._few, self._many = devices.size, -(-largest // devices.size) * devices.size
         self._max_waiting, self._waiting, self._seconds_each = max_waiting, 0, 0.0
         self._network = ThreadPoolExecutor(1)
-        num_decoders = max(1, min(_MAX_DECODERS, (os.cpu_count() or 1) - 1))
+        num_decoders = max(2, min(_MAX_DECODERS, (os.cpu_count() or 1) - 1))
         self._decoding = ThreadPoolExecutor(num_decoders)
         self._idle: queue.SimpleQueue[image_files.Decoder] = queue.SimpleQueue()
         self._decoders = [

@@ -190,7 +190,8 @@ class Decoder:
 
     def load(self, source, canvas: tuple[int, int]) -> np.ndarray | ImageError:
         """Returns a photograph's pixels, or the ImageError that says why there are none."""
-        if self._process is None:
+        if self._process is None or not self._process.is_alive():
+            self.close()
             self.start()
         try:
             self._pipe.send((source, canvas))
@@ -355,7 +356,10 @@ def _decoded(
     with _opened(file.data) as image:
         num_scans = file.data.count(b"\xff\xda") if image.format == "JPEG" else 1
         if image.width * image.height * max(1, num_scans / _MAX_SCANS) > max_pixels:
-            raise ImageError(f"too large: {image.width} x {image.height} pixels")
+            raise ImageError(
+                f"too large: {image.width} x {image.height} pixels; at most"
+                f" {max_pixels / 1e6:g} million are read"
+            )
         if canvas and image.format == "JPEG":
             # libjpeg can decode a half, quarter or eighth of each side, the faster the smaller.
             # With so many pixels to spare the result is within a grey level (51 dB) of scaling
