@@ -20,7 +20,7 @@ _LONGEST = ("test_slurm", "test_loop", "test_predict", "test_crossval", "test_re
 # thousand cases. All other tests are `fast`.
 _SLOW = {
     *_LONGEST,
-    *("test_checkpoints", "test_launch", "test_main", "test_parallel", "test_serve"),
+    *("test_checkpoints", "test_launch", "test_main", "test_page", "test_parallel", "test_serve"),
     *(
         "test_feed",
         "test_layouts",
