@@ -394,14 +394,16 @@ def _clusters(labels: np.ndarray, of_truth: np.ndarray, weights: np.ndarray) -> 
         reached = np.cumsum(part[order])
         return np.interp(_QUANTILES * reached[-1], reached, values[order])
 
-    def size(cluster: list[int]) -> float:
-        return math.fsum(weights[np.isin(labels, cluster)])
-
     clusters = [[int(k)] for k in np.unique(labels)]
-    while len(clusters) > 1 and min(map(size, clusters)) < _CLUSTER - _ROUNDING:
-        smallest = clusters.pop(int(np.argmin([size(cluster) for cluster in clusters])))
-        own = spread(smallest)
-        clusters[int(np.argmin([abs(spread(c) - own).sum() for c in clusters]))] += smallest
+    sizes = [math.fsum(weights[labels == k]) for (k,) in clusters]
+    spreads = [spread(cluster) for cluster in clusters]
+    while len(clusters) > 1 and min(sizes) < _CLUSTER - _ROUNDING:
+        smallest = int(np.argmin(sizes))
+        cluster, size, own = (of.pop(smallest) for of in (clusters, sizes, spreads))
+        nearest = int(np.argmin([abs(other - own).sum() for other in spreads]))
+        clusters[nearest] += cluster
+        sizes[nearest] += size
+        spreads[nearest] = spread(clusters[nearest])
     return clusters
 
 

@@ -234,6 +234,7 @@ def draw(images: Sequence[Mapping[str, Any]], view: np.ndarray, heat: np.ndarray
     for axis in axes.flat:
         axis.set_axis_off()
     for about, pixels, hot, (left, right) in zip(images, view, heat, axes, strict=False):
+        pixels = np.clip(pixels, 0, 1)  # a scaled white may round to 1.0000001
         left.imshow(pixels)
         right.imshow(pixels)
         right.imshow(hot, cmap="inferno", vmin=0, vmax=1, alpha=0.6 * hot)

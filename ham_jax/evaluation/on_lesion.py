@@ -80,9 +80,8 @@ class Masks:
         Raises:
           InputError: of masks that cannot be read.
         """
-        side = max(size_px, round(size_px / crop_scale))
-        start = (side - size_px) // 2
-        inside = slice(start, start + size_px)
+        border = round((size_px / crop_scale - size_px) / 2)
+        side, inside = size_px + 2 * border, slice(border, border + size_px)
         found, faults = [], []
         with self._files() as read:
             for image_id in image_ids:

@@ -305,10 +305,10 @@ def test_ten_photographs_are_twelve_lines_in_words_within_80_columns(capsys, tmp
     assert "too wide to help: on validation they named 4.8 of 7" in " ".join(lines[12:])
     assert lines[0] == f"9 of 10 photographs read. {DISCLAIMER}"
     assert max(cell_len(line) for line in lines[:14]) <= 80
-    assert lines[1].split() == "photograph most likely malignant? may also be".split()
+    assert lines[1].split("  ")[1].strip() == "photograph"
     assert lines[2].endswith("no          basal ...inoma, +1")
     assert lines[2].startswith("  0/ISIC_0000000.jpg   actinic keratosis 0.40     no")
-    assert "melanoma 0.70" in lines[3] and lines[3].endswith("yes")
+    assert lines[3].split()[1:] == ["melanoma", "0.70", "yes"]
     assert lines[4].startswith("! 0/ISIC_0000002.jpg   unlike")
     assert "unreadable: not an image" in lines[5]
     assert lines[11].startswith("  1/xxxxxx...left.jpg  melanoma")
