@@ -488,8 +488,8 @@ def _in_plain_words(facts: Mapping[str, Any]) -> list[str]:
         f"Of {len(classes)} diagnoses the network named the right one for"
         f" {in_100(facts['accuracy'])} photographs.",
         f"With each diagnosis counted alike, rare or frequent, it found"
-        f" {in_100(facts['balanced_accuracy'])} ({low} to {high}, as far as so many photographs can tell); always"
-        f" answering “{classes.title(baseline['answer'])}” would find"
+        f" {in_100(facts['balanced_accuracy'])} ({low} to {high}, as far as so many photographs can"
+        f" tell); always answering “{classes.title(baseline['answer'])}” would find"
         f" {100 * baseline['balanced_accuracy']:.0f}.",
         f"It found {classes.title(best)} most often ({in_100(found[best])}) and"
         f" {classes.title(worst)} least often ({in_100(found[worst])}).",
