@@ -179,7 +179,7 @@ def _lines(names: Sequence[str], answers: Answers) -> list[str]:
 
     flag = _FLAG if classes.malignant else ""
     lines = [line("photograph", "most likely", flag, ["may also be"])]
-    for name, answer in zip(names, answers[: len(names)], strict=True):
+    for name, answer in zip(names, answers, strict=False):
         if answer.error or answer.unlike:
             why = f"unreadable: {escape.shown(answer.error)}" if answer.error else _UNLIKE
             mark = "  " if answer.error else "! "

@@ -399,7 +399,7 @@ def _clusters(labels: np.ndarray, of_truth: np.ndarray, weights: np.ndarray) -> 
     spreads = [spread(cluster) for cluster in clusters]
     while len(clusters) > 1 and min(sizes) < _CLUSTER - _ROUNDING:
         smallest = int(np.argmin(sizes))
-        cluster, size, own = (of.pop(smallest) for of in (clusters, sizes, spreads))
+        cluster, size, own = clusters.pop(smallest), sizes.pop(smallest), spreads.pop(smallest)
         nearest = int(np.argmin([abs(other - own).sum() for other in spreads]))
         clusters[nearest] += cluster
         sizes[nearest] += size
