@@ -222,9 +222,13 @@ KEYS = (
         range=_TILES, free_on_resume=True, free_in_evaluation=True),
     Key("eval.crop_scale", 1.0, "Side of these squares, as a share of the shorter side of the"
         " canvas.", range=(0.1, 1), free_on_resume=True, free_in_evaluation=True),
-    Key("eval.robustness_images", 500, "Number of images for --mode=robustness: whole lesions, the"
-        " classes as balanced as possible. 0: all images.",
+    Key("eval.robustness_images", 500, "Number of images for --mode=robustness and eval.masks:"
+        " whole lesions, the classes as balanced as possible. 0: all images.",
         range=(0, _INF), free_on_resume=True, free_in_evaluation=True),
+    Key("eval.masks", None, "Folder or zip of lesion masks, <image_id>.png or"
+        " <image_id>_segmentation.png, white on the lesion. --mode=explain then measures the share"
+        " of the heat that lies on the lesion.", str, is_path=True, free_on_resume=True,
+        free_in_evaluation=True),
     Key("eval.calibration", "temperature", "How probabilities are calibrated. 'isotonic' follows"
         " the class frequencies of validation and changes which class comes first.",
         choices=("none", "temperature", "isotonic"), free_on_resume=True, free_in_evaluation=True),

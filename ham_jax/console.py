@@ -6,9 +6,10 @@ to the terminal or to rich; printing never fails.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import rich.box
+import rich.cells
 import rich.console
 import rich.progress
 import rich.table
@@ -80,6 +81,35 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     for row in rows:
         table.add_row(*map(_text, row))
     _output.print(table)
+
+
+def print_lines(lines: Iterable[str], width: int) -> None:
+    """Prints lines to standard output, those that are longer than the width broken at blanks."""
+    for line in lines:
+        text = _text(line)
+        for part in text.wrap(_output, width) if columns(text.plain) > width else [text]:
+            part.rstrip()
+            _output.print(part, soft_wrap=True)
+
+
+def columns(text: str) -> int:
+    """Returns how many columns of the terminal a text takes; some letters take two."""
+    return rich.cells.cell_len(text)
+
+
+def fit(text: str, width: int) -> str:
+    """Returns a text of exactly so many columns, at least 6: filled up, or shortened in the middle.
+
+    Args:
+      text: of visible characters.
+      width: of the result.
+    """
+    if columns(text) <= width:
+        return rich.cells.set_cell_size(text, width)
+    tail = text[-((width - 3) // 2) :]
+    while columns(tail) > (width - 3) // 2:
+        tail = tail[1:]
+    return rich.cells.set_cell_size(text, width - 3 - columns(tail)) + "..." + tail
 
 
 def _text(text: str, style: str = "") -> rich.text.Text:

@@ -136,8 +136,8 @@ class Answer:
     Attributes:
       prediction: the class of the greatest probability; empty where it could not be read.
       probabilities: {class: probability}.
-      prediction_set: diagnoses, made to hold the true one in 90 % of the lesions of each class;
-        None where a run has no calibration.
+      prediction_set: diagnoses, made to hold the true one in 90 % of the lesions, of the kind that
+        `decision.sets_note` tells; None where a run has no calibration.
       malignancy: the sum of the malignant classes' probabilities; None without a calibration, or
         without malignant classes.
       flagged: whether that reaches the flag's threshold; None likewise.
@@ -157,11 +157,6 @@ class Answer:
     def unlike(self) -> bool:
         """Whether the photograph is known to be unlike those of training."""
         return self.ood_score is not None and self.ood_score > 1
-
-
-# Those that cover 90 % of each diagnosis: sets that cover 90 % of all are shorter, but buy it with
-# the rare ones, melanoma among them.
-_SETS = "class_conditional"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -215,7 +210,7 @@ class Answers(Sequence[Answer]):
     def _decisions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         """Sets, malignancy and flags of the readable photographs."""
         decided = self.calibrated
-        return decided and (decided.sets(_SETS), decided.malignancy, decided.flagged)
+        return decided and (decided.sets(decision.SHOWN), decided.malignancy, decided.flagged)
 
     @functools.cached_property
     def read(self) -> np.ndarray:

@@ -39,6 +39,8 @@ HELD_OUT = ("test", "train")
 
 _TEMPERATURES = (0.05, 20.0)
 _ROUNDING = 1e-9  # of a count of lesions
+_CLUSTER = 20  # lesions: with half as many the threshold for 90 % is that of the worst or next
+_QUANTILES = np.array([0.5, 0.6, 0.7, 0.8, 0.9])
 
 
 def decide(
@@ -94,13 +96,14 @@ def fit(
         for method in methods:
             without = fit_method(method, labels[rest], raw[rest])
             held_out[method][out] = calibrate(without, method, raw[out])
-    fitted = {
-        method: {
+    fitted = {}
+    for method in methods:
+        calibrated = predictions.with_probabilities(held_out[method])
+        fitted[method] = {
             "parameters": parameters[method],
-            "thresholds": fit_thresholds(predictions.with_probabilities(held_out[method])),
+            "thresholds": fit_thresholds(calibrated),
+            "sets": choose_sets(calibrated),
         }
-        for method in methods
-    }
     return Calibrator(predictions.classes, fitted, fitted_on)
 
 
@@ -134,7 +137,8 @@ def fit_thresholds(predictions: Predictions) -> dict[str, Any]:
     A diagnosis is in the set where its probability reaches a threshold: split conformal prediction
     with the score 1 - p (Vovk et al. 2005; Sadinle, Lei & Wasserman, JASA 2019). `marginal` has
     one threshold for all diagnoses and covers the share of all; `class_conditional` has one a
-    diagnosis and covers that share of each, the rare ones too.
+    diagnosis and covers that share of each, the rare ones too; `clustered` lies between them: see
+    `_clusters`.
 
     Photographs of one lesion are not exchangeable with those of another, lesions are. So each
     lesion weighs 1, shared by its photographs, and one more lesion, the next patient's, counts as
@@ -150,7 +154,7 @@ def fit_thresholds(predictions: Predictions) -> dict[str, Any]:
     Returns:
       What JSON holds: `malignant`, the largest threshold of `decision.malignancy` that
       `decision.SENSITIVITY` of the malignant images reach (0 where there are none); `marginal`, a
-      number; `class_conditional` [C].
+      number; `class_conditional` [C]; `clustered` [C], that of all for a diagnosis without images.
     """
     labels, classes = predictions.labels, predictions.classes
     of_truth = predictions.probabilities[np.arange(len(labels)), labels]
@@ -158,13 +162,50 @@ def fit_thresholds(predictions: Predictions) -> dict[str, Any]:
     scores = decision.malignancy(predictions.probabilities, classes)
     scores = np.sort(scores[np.isin(labels, classes.malignant_labels)])[::-1]
     needed = math.ceil(decision.SENSITIVITY * len(scores) - _ROUNDING)
+    marginal = _conformal(of_truth, weights)
+    clustered = [marginal] * len(classes)
+    for cluster in _clusters(labels, of_truth, weights):
+        inside = np.isin(labels, cluster)
+        threshold = _conformal(of_truth[inside], weights[inside])
+        for k in cluster:
+            clustered[k] = threshold
     return {
         "malignant": float(scores[needed - 1]) if len(scores) else 0.0,
-        "marginal": _conformal(of_truth, weights),
+        "marginal": marginal,
         "class_conditional": [
             _conformal(of_truth[labels == k], weights[labels == k]) for k in range(len(classes))
         ],
+        "clustered": clustered,
     }
+
+
+def choose_sets(predictions: Predictions) -> dict[str, Any]:
+    """Chooses the kind of set that is shown, by validation alone.
+
+    The strongest promise that is still useful: of decision.KINDS the first whose sets name at most
+    `decision.widest_useful` diagnoses on average, measured on lesions that their thresholds were
+    not fitted on. Where none does, the kind with the smallest sets.
+
+    Args:
+      predictions: calibrated, each image without its own lesion.
+
+    Returns:
+      See `Calibrated.choice`; JSON holds it.
+    """
+    labels, p = predictions.labels, predictions.probabilities
+    sets = {kind: np.zeros(p.shape, bool) for kind in decision.KINDS}
+    everything = np.arange(len(labels))
+    for rest, out in folds(labels, predictions.lesion_ids) or [(everything, everything)]:
+        thresholds = fit_thresholds(predictions.take(rest))
+        for kind, members in sets.items():
+            members[out] = p[out] >= np.array(thresholds[kind])
+    sizes = {kind: float(members.sum(axis=1).mean()) for kind, members in sets.items()}
+    widest = decision.widest_useful(len(predictions.classes))
+    useful = [kind for kind in decision.KINDS if sizes[kind] <= widest]
+    kind = useful[0] if useful else min(sizes, key=sizes.__getitem__)
+    found = selective.set_numbers(predictions, sets[kind])
+    told = ("mean_size", "coverage", "coverage_per_class")
+    return {"kind": kind, **{name: found[name] for name in told}, "useful": bool(useful)}
 
 
 def cross_fit(predictions: Predictions, method: str) -> Calibrated | None:
@@ -330,6 +371,40 @@ def _fit_isotonic(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, li
         x.append(line.X_thresholds_.tolist())
         y.append(line.y_thresholds_.tolist())
     return {"x": x, "y": y}
+
+
+def _clusters(labels: np.ndarray, of_truth: np.ndarray, weights: np.ndarray) -> list[list[int]]:
+    """Returns groups of diagnoses that are alike, each of at least _CLUSTER lesions if it can be.
+
+    Diagnoses are alike whose probabilities of the truth are spread alike, compared by five
+    quantiles (Ding et al., Class-Conditional Conformal Prediction with Many Classes, NeurIPS 2023,
+    section 2.2). Instead of their k-means on a part of the lesions, which seven diagnoses are too
+    few for, the smallest group is joined to the one most like it until all are large enough.
+
+    Args:
+      labels: int [n].
+      of_truth: the probability of the true diagnosis, float [n].
+      weights: of `selective.lesion_weights`, float [n].
+    """
+
+    def spread(cluster: list[int]) -> np.ndarray:
+        inside = np.isin(labels, cluster)
+        values, part = of_truth[inside], weights[inside]
+        order = np.lexsort((part, -values))
+        reached = np.cumsum(part[order])
+        return np.interp(_QUANTILES * reached[-1], reached, values[order])
+
+    clusters = [[int(k)] for k in np.unique(labels)]
+    sizes = [math.fsum(weights[labels == k]) for (k,) in clusters]
+    spreads = [spread(cluster) for cluster in clusters]
+    while len(clusters) > 1 and min(sizes) < _CLUSTER - _ROUNDING:
+        smallest = int(np.argmin(sizes))
+        cluster, size, own = clusters.pop(smallest), sizes.pop(smallest), spreads.pop(smallest)
+        nearest = int(np.argmin([abs(other - own).sum() for other in spreads]))
+        clusters[nearest] += cluster
+        sizes[nearest] += size
+        spreads[nearest] = spread(clusters[nearest])
+    return clusters
 
 
 def _conformal(of_truth: np.ndarray, weights: np.ndarray) -> float:

@@ -305,7 +305,7 @@ def _decision_rows(numbers: dict[str, Any]) -> list[list[str]]:
                 f" AUC {flag['auc']:.3f} ({low:.3f} to {high:.3f})",
             ]
         )
-    sets = decided["sets"]["0.90"]["class_conditional"]
+    sets = decided["sets"]["0.90"]["shown"]
     rows.append(
         [
             "prediction sets for 90 %",

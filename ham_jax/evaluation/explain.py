@@ -20,7 +20,7 @@ from ham_jax.config import InputError
 from ham_jax.data import image as image_files
 from ham_jax.data import photographs
 from ham_jax.data import prepare as preparation
-from ham_jax.evaluation import metrics, predictions
+from ham_jax.evaluation import metrics, on_lesion, predictions, robustness
 from ham_jax.evaluation.predictions import Predictions
 from ham_jax.model import Explanation, Model, restore
 
@@ -86,11 +86,13 @@ def run(
       What explanations/manifest.json holds: `panels`, for each file its images.
 
     Raises:
-      InputError: no checkpoint, no predictions, or predictions of other images.
+      InputError: no checkpoint, no predictions, predictions of other images, or no masks where
+        `eval.masks` names some.
     """
     path = workdir / "predictions.csv"
     judged = predictions.read(path)
     model = restore(workdir, overrides, mesh)
+    masks = on_lesion.Masks(model.config.eval.masks) if model.config.eval.masks else None
     of_split = preparation.prepare(model.config).select(split)
     place = pd.Index(of_split.table["image_id"]).get_indexer(judged.image_ids)
     if (place < 0).any() or judged.classes.names != model.classes.names:
@@ -119,7 +121,31 @@ def run(
         if said:
             panels[f"{kind}.png"] = said, *_part(explained, slice(first, first + len(said)))
         first += len(said)
-    return _write(output or workdir / FOLDER, model, {"split": split}, panels)
+    folder = output or workdir / FOLDER
+    if masks:
+        few = robustness.choose(of_split.table.iloc[place], model.config.eval.robustness_images)
+        table = on_lesion.measure(model, of_split.take(place[few]), answers[few], masks)
+        _write_on_lesion(folder, model, table.assign(split=split, step=model.provenance["step"]))
+    return _write(folder, model, {"split": split}, panels)
+
+
+def _write_on_lesion(folder: Path, model: Model, table: pd.DataFrame) -> None:
+    """Writes what masks told, and prints it by diagnosis."""
+    if not parallel.is_main():
+        return
+    path = folder / on_lesion.FILE
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_text(path, escape.csv_text([[*table], *table.fillna("").to_numpy().tolist()]))
+    summary = on_lesion.summarise(table, model.classes)
+    rows = []
+    for name, row in [*summary["per_class"].items(), ("mean of these", summary["mean"])]:
+        low, high = row["interval"]
+        difference = f"{row['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
+        shares = [f"{row['heat']:.3f}", f"{row['area']:.3f}"]
+        rows.append([name, str(row["num_images"]), *shares, difference])
+    title = f"How much of the heat lies on the lesion: {path}"
+    columns = ["diagnosis", "images", "of the heat", "of the view", "difference"]
+    console.print_table(title, columns, rows)
 
 
 def run_on_photographs(
@@ -216,6 +242,7 @@ def draw(images: Sequence[Mapping[str, Any]], view: np.ndarray, heat: np.ndarray
     for axis in axes.flat:
         axis.set_axis_off()
     for about, pixels, hot, (left, right) in zip(images, view, heat, axes, strict=False):
+        pixels = np.clip(pixels, 0, 1)  # a scaled white may round to 1.0000001
         left.imshow(pixels)
         right.imshow(pixels)
         right.imshow(hot, cmap="inferno", vmin=0, vmax=1, alpha=0.6 * hot)

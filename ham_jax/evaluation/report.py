@@ -34,6 +34,7 @@ from ham_jax.evaluation import (
     figures,
     isic,
     metrics,
+    on_lesion,
     predictions,
     selective,
     subgroups,
@@ -94,6 +95,7 @@ class Evidence:
       robustness: robustness.csv.
       audit: audit.csv, a row a class.
       panels: of explanations/ the step and the pictures: {name, said, data}.
+      on_lesion: explanations/on_lesion.csv.
     """
 
     workdir: Path
@@ -105,6 +107,7 @@ class Evidence:
     robustness: pd.DataFrame | None
     audit: list[dict[str, str]]
     panels: Mapping[str, Any] | None
+    on_lesion: pd.DataFrame | None
 
 
 def run(workdir: Path, output: Path | None = None) -> None:
@@ -181,6 +184,8 @@ def read(workdir: Path) -> Evidence:
         get(_read_robustness, "robustness.csv", None),
         get(_read_audit, "audit.csv", []) or get(_read_audit, "fold0/audit.csv", []),
         get(_read_panels, f"{PANELS}/manifest.json", None),
+        judged
+        and get(lambda p: _read_on_lesion(p, judged.classes), f"{PANELS}/{on_lesion.FILE}", None),
     )
     if not faults and numbers:
         faults += _mismatch(workdir, judged, numbers)
@@ -216,6 +221,7 @@ def measure(evidence: Evidence) -> dict[str, Any]:
             else {key: numbers.get(key) for key in ("calibration", "decision")}
         ),
         "calibration_note": note,
+        "sets_note": _sets_note(evidence, calibrated),
         "best_name": calibrated.method if calibrated else "none, uncalibrated",
         "cross_fitted": calibrated is not None and cross_fitted,
         "ood": _ood(judged),
@@ -224,6 +230,7 @@ def measure(evidence: Evidence) -> dict[str, Any]:
         ),
         "robustness": _robustness(evidence.robustness),
         "panels": _panels(evidence),
+        "on_lesion": _on_lesion(evidence),
         "hardest": _hardest(judged),
         "audit": evidence.audit,
         "config": _config_rows(config),
@@ -234,6 +241,7 @@ def measure(evidence: Evidence) -> dict[str, Any]:
         "parts_name": "Members of the ensemble" if "members" in numbers else "Folds",
     }
     facts["flagged"] = _flagged(facts["subgroups"])
+    facts["in_plain_words"] = _in_plain_words(facts)
     commands = _commands(evidence)
     facts["missing"] = {what: command for what, command in commands.items() if not facts[what]}
     return facts | {"figures": _figures(facts, judged, calibrated)}
@@ -415,6 +423,18 @@ def _read_panels(path: Path) -> dict[str, Any] | None:
     }
 
 
+def _read_on_lesion(path: Path, classes: Classes) -> pd.DataFrame:
+    with reading.open_regular(path) as file:
+        table = pd.read_csv(file, keep_default_na=False)
+    if absent := [name for name in (*on_lesion.COLUMNS, "split", "step") if name not in table]:
+        raise ValueError(f"it lacks {', '.join(absent)}")
+    for name in ("heat_on_lesion", "lesion_area"):
+        table[name] = pd.to_numeric(table[name].replace("", np.nan))
+    if table["heat_on_lesion"].isna().all() or not table["truth"].isin(classes.names).all():
+        raise ValueError("it has no number, or other classes")
+    return table
+
+
 def _mismatch(workdir: Path, judged: Predictions, numbers: Mapping[str, Any]) -> list[str]:
     """Returns the fault that metrics.json is of other predictions than are there."""
     found = metrics.compute(judged)
@@ -456,6 +476,62 @@ def _calibrated(evidence: Evidence) -> tuple[Calibrated | None, str]:
     if differs := own.mismatch({**own.fitted_on, **numbers}):
         note += f" It was fitted for other probabilities: {differs}."
     return calibrated, note
+
+
+def _sets_note(evidence: Evidence, calibrated: Calibrated | None) -> str:
+    """Returns in words what the sets promise that a person is shown; '' where nothing tells."""
+    if calibrated is None or evidence.calibrator is None:
+        return ""
+    choice = evidence.calibrator.choice(calibrated.method)
+    return decision.sets_note(choice, evidence.predictions.classes)
+
+
+def _in_plain_words(facts: Mapping[str, Any]) -> list[str]:
+    """Returns what a reader who knows no metric should take from the figures, in sentences."""
+
+    def in_100(share: float) -> str:
+        return f"{100 * share:.0f} of 100"
+
+    classes, baseline, told = facts["classes"], facts["baseline"], facts["decision"]
+    low, high = (f"{100 * bound:.0f}" for bound in facts["intervals"]["balanced_accuracy"])
+    found = {
+        dx: row["sensitivity"]
+        for dx, row in facts["per_class"].items()
+        if row["sensitivity"] is not None
+    }
+    best, worst = max(found, key=found.__getitem__), min(found, key=found.__getitem__)
+    said = [
+        f"Of {len(classes)} diagnoses the network named the right one for"
+        f" {in_100(facts['accuracy'])} photographs.",
+        f"With each diagnosis counted alike, rare or frequent, it found"
+        f" {in_100(facts['balanced_accuracy'])} ({low} to {high}, as far as so many photographs can"
+        f" tell); always answering “{classes.title(baseline['answer'])}” would find"
+        f" {100 * baseline['balanced_accuracy']:.0f}.",
+        f"It found {classes.title(best)} most often ({in_100(found[best])}) and"
+        f" {classes.title(worst)} least often ({in_100(found[worst])}).",
+    ]
+    if told and classes.malignant and told["malignant"]["auc"] is not None:
+        flag = told["malignant"]
+        said.append(
+            f"Its warning of a malignant lesion came for {in_100(flag['sensitivity'])} malignant"
+            f" photographs, and also for {in_100(1 - flag['specificity'])} others."
+        )
+    if told:
+        surest = told["abstention"]["selective"][-1]
+        said.append(
+            f"Where it answered only the {100 * surest['coverage']:.0f} in 100 photographs that it"
+            f" was surest of, {in_100(surest['accuracy'])} answers were right."
+        )
+    return said
+
+
+def _on_lesion(evidence: Evidence) -> dict[str, Any] | None:
+    """Returns where the heat lies, and whether that is of another evaluation."""
+    table, numbers = evidence.on_lesion, evidence.numbers
+    if table is None:
+        return None
+    stale = any(numbers.get(key, table[key][0]) != table[key][0] for key in ("split", "step"))
+    return {**on_lesion.summarise(table, evidence.predictions.classes), "stale": stale}
 
 
 def _ood(judged: Predictions) -> dict[str, Any] | None:

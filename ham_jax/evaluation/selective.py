@@ -26,16 +26,15 @@ def measure(predictions: Predictions, calibrated: Calibrated) -> dict[str, Any]:
       calibrated: what is said of them.
 
     Returns:
-      What JSON holds: `sets`: {level: {kind: coverage (each lesion weighs 1, as promised),
-      coverage_of_images, coverage_per_class (as `coverage`), mean_size, empty and single (shares of
-      the images)}}; `malignant`: see `flag`; `abstention`: see `abstention`.
+      What JSON holds: `sets`: {level: {kind: see `set_numbers`}} of decision.SHOWN and of
+      decision.KINDS that have thresholds; `malignant`: see `flag`; `abstention`: see `abstention`.
     """
-    weights = lesion_weights(predictions.lesion_ids)
     return {
         "sets": {
             f"{decision.LEVEL:.2f}": {
-                kind: _set_numbers(predictions, calibrated.sets(kind), weights)
-                for kind in decision.KINDS
+                kind: set_numbers(predictions, calibrated.sets(kind))
+                for kind in (decision.SHOWN, *decision.KINDS)
+                if kind in calibrated.thresholds
             }
         },
         "malignant": flag(predictions, calibrated),
@@ -117,8 +116,9 @@ def abstention(predictions: Predictions) -> dict[str, Any]:
 
     Returns:
       aurc: the area under `risk_coverage` (Geifman, Uziel & El-Yaniv, ICLR 2019, eq. 4);
-      selective: for each of COVERAGES the coverage (more where confidences tie), accuracy and
-      balanced_accuracy of the images kept, and num_classes, of how many diagnoses it is the mean.
+      selective: for each of COVERAGES, as `asked`, the coverage (more where confidences tie, or
+      where that share is no whole number of images), accuracy and balanced_accuracy of the images
+      kept, and num_classes, of how many diagnoses it is the mean.
     """
     labels = predictions.labels
     correct = metrics.correct_answers(predictions)
@@ -132,6 +132,7 @@ def abstention(predictions: Predictions) -> dict[str, Any]:
         recalls = hits[num_images > 0] / num_images[num_images > 0]
         selective.append(
             {
+                "asked": coverage,
                 "coverage": float(kept.mean()),
                 "accuracy": float(correct[kept].mean()),
                 "balanced_accuracy": float(recalls.mean()),
@@ -160,6 +161,40 @@ def risk_coverage(predictions: Predictions) -> dict[str, list[float]]:
     }
 
 
+def set_numbers(predictions: Predictions, members: np.ndarray) -> dict[str, Any]:
+    """Measures prediction sets.
+
+    Args:
+      predictions: of n images.
+      members: which diagnoses are in each image's set, bool [n, C].
+
+    Returns:
+      coverage (each lesion weighs 1, as promised), coverage_of_images, coverage_per_class (as
+      `coverage`; None without images), coverage_per_class_interval (95 %, Wilson's, of lesions),
+      mean_size, empty and single (shares of the images).
+    """
+    labels, weights = predictions.labels, lesion_weights(predictions.lesion_ids)
+    covered, size = members[np.arange(len(labels)), labels], members.sum(axis=-1)
+
+    def share(of: np.ndarray) -> float | None:
+        return math.fsum((covered * weights)[of]) / math.fsum(weights[of]) if of.any() else None
+
+    per_class = {name: share(labels == k) for k, name in enumerate(predictions.classes)}
+    num = [len(np.unique(predictions.lesion_ids[labels == k])) for k in range(len(per_class))]
+    return {
+        "coverage": share(np.ones(len(labels), bool)),
+        "coverage_of_images": float(covered.mean()),
+        "coverage_per_class": per_class,
+        "coverage_per_class_interval": {
+            name: None if part is None else _wilson(part, n)
+            for (name, part), n in zip(per_class.items(), num, strict=True)
+        },
+        "mean_size": float(size.mean()),
+        "empty": float((size == 0).mean()),
+        "single": float((size == 1).mean()),
+    }
+
+
 def lesion_weights(lesion_ids: np.ndarray) -> np.ndarray:
     """Returns float [n]: one over the number of images of each image's lesion."""
     _, lesion, sizes = np.unique(np.asarray(lesion_ids), return_inverse=True, return_counts=True)
@@ -176,21 +211,9 @@ def _mean(values: Sequence[float] | np.ndarray) -> float:
     return math.fsum(values) / len(values)
 
 
-def _set_numbers(predictions: Predictions, members: np.ndarray, weights: np.ndarray) -> dict:
-    """Returns `measure`'s numbers of sets bool [n, C]."""
-    labels = predictions.labels
-    covered, size = members[np.arange(len(labels)), labels], members.sum(axis=-1)
-
-    def share(of: np.ndarray) -> float | None:
-        return math.fsum((covered * weights)[of]) / math.fsum(weights[of]) if of.any() else None
-
-    return {
-        "coverage": share(np.ones(len(labels), bool)),
-        "coverage_of_images": float(covered.mean()),
-        "coverage_per_class": {
-            name: share(labels == k) for k, name in enumerate(predictions.classes)
-        },
-        "mean_size": float(size.mean()),
-        "empty": float((size == 0).mean()),
-        "single": float((size == 1).mean()),
-    }
+def _wilson(share: float, num: int) -> list[float]:
+    """Returns the 95 % interval of a share of independent cases (Wilson, JASA 1927)."""
+    z = 1.959963984540054
+    middle, scale = share + z * z / (2 * num), 1 + z * z / num
+    half = z * math.sqrt(share * (1 - share) / num + (z / (2 * num)) ** 2)
+    return [max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)]

@@ -67,7 +67,8 @@ class Calibrator:
     Attributes:
       classes: C of them.
       methods: {method: {'parameters': of `calibrate`, 'thresholds': {`malignant`: a number,
-        `marginal`: a number, `class_conditional`: C numbers}}}.
+        `marginal`: a number, `class_conditional`: C numbers, `clustered`: C numbers}, 'sets': see
+        `Calibrated.choice`}}; of earlier versions without `clustered` and 'sets'.
       fitted_on: split, step, tta, tiles, crop_scale, weights, records, num_images, num_lesions.
     """
 
@@ -82,6 +83,9 @@ class Calibrator:
           method: to be in use.
           probabilities: float64 [n, C], raw.
         """
+        num, thresholds = len(probabilities), self.methods[method]["thresholds"]
+        choice = self.choice(method)
+        shown = thresholds[choice["kind"] if choice else decision.BEFORE_CHOICE]
         return Calibrated(
             self.classes,
             method,
@@ -90,10 +94,18 @@ class Calibrator:
                 for name, fitted in self.methods.items()
             },
             {
-                name: np.broadcast_to(value, (len(probabilities), *np.shape(value)))
-                for name, value in self.methods[method]["thresholds"].items()
+                **{
+                    name: np.broadcast_to(value, (num, *np.shape(value)))
+                    for name, value in thresholds.items()
+                },
+                decision.SHOWN: np.broadcast_to(shown, (num, len(self.classes))),
             },
+            choice,
         )
+
+    def choice(self, method: str) -> Mapping[str, Any] | None:
+        """Returns which sets are shown with a method, see `Calibrated.choice`."""
+        return self.methods[method].get("sets")
 
     def mismatch(self, provenance: Mapping[str, Any]) -> str:
         """Returns in which settings probabilities differ from those it was fitted on; else ''."""
@@ -151,7 +163,8 @@ def read(workdir: Path, classes: Classes) -> Calibrator | None:
     try:
         methods = {name: _of_one_level(content["methods"][name], content) for name in METHODS}
         calibrator = Calibrator(classes, methods, dict(content["fitted_on"]))
-        calibrator.apply("none", np.full((1, len(classes)), 1 / len(classes)))
+        for method in METHODS:
+            calibrator.apply(method, np.full((1, len(classes)), 1 / len(classes)))
         if content["classes"] != list(classes):
             raise ValueError(content["classes"])
     # OverflowError: a number of 400 digits.
@@ -172,10 +185,12 @@ def _of_one_level(fitted: Mapping[str, Any], content: Mapping[str, Any]) -> dict
     thresholds = dict(fitted["thresholds"])
     if "levels" in content:
         place = content["levels"].index(decision.LEVEL)
-        thresholds |= {kind: thresholds[kind][place] for kind in decision.KINDS}
+        kinds = set(decision.KINDS) & set(thresholds)
+        thresholds |= {kind: thresholds[kind][place] for kind in kinds}
     elif content["level"] != decision.LEVEL:
         raise ValueError(content["level"])
-    return {"parameters": fitted["parameters"], "thresholds": thresholds}
+    chosen = {"sets": dict(fitted["sets"])} if "sets" in fitted else {}
+    return {"parameters": fitted["parameters"], "thresholds": thresholds, **chosen}
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ as above it. How they are fitted: `evaluation.calibration.fit`.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,8 +18,21 @@ LEVEL = 0.9
 SENSITIVITY = 0.95
 """The share of malignant photographs that the flag is to find."""
 
-KINDS = ("marginal", "class_conditional")
-"""What a set promises to cover: that share of all photographs, or of each diagnosis."""
+KINDS = ("class_conditional", "clustered", "marginal")
+"""What a set promises to cover, the most first: that share of each diagnosis, of each group of
+diagnoses that are alike, or of all lesions."""
+
+SHOWN = "shown"
+"""The kind of set that a person is told: the one that validation chose, see `Calibrated.choice`."""
+
+BEFORE_CHOICE = "class_conditional"
+"""The kind that is shown where a calibration is of a version that did not choose."""
+
+_PROMISES = {
+    "class_conditional": "of each diagnosis",
+    "clustered": "of each group of diagnoses that are alike (too few lesions for each alone)",
+    "marginal": "taken together, not of each diagnosis",
+}
 
 
 def malignancy(probabilities: np.ndarray, classes: Classes) -> np.ndarray:
@@ -35,14 +49,18 @@ class Calibrated:
       classes: C of them.
       method: of calibration, in use.
       by_method: {method: probabilities float64 [n, C]}.
-      thresholds: `malignant` [n], `marginal` [n] and `class_conditional` [n, C], float64, for the
-        method in use.
+      thresholds: `malignant` [n], `marginal` [n], and [n, C] `class_conditional`, `clustered`
+        (where the calibration has it) and SHOWN, float64, for the method in use.
+      choice: which kind is shown, and what its sets did on validation: `kind`, `mean_size`,
+        `coverage`, `coverage_per_class` and `useful`; None where that is not one choice, or of a
+        version that did not choose.
     """
 
     classes: Classes
     method: str
     by_method: Mapping[str, np.ndarray]
     thresholds: Mapping[str, np.ndarray]
+    choice: Mapping[str, Any] | None = None
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -61,9 +79,44 @@ class Calibrated:
         return reached & bool(self.classes.malignant)
 
     def sets(self, kind: str) -> np.ndarray:
-        """Returns which diagnoses are in each image's set, bool [n, C]; `kind` is one of KINDS."""
+        """Returns which diagnoses are in each image's set, bool [n, C].
+
+        Args:
+          kind: SHOWN, or one of KINDS that has thresholds.
+        """
         least = self.thresholds[kind]
         return self.probabilities >= (least if least.ndim == 2 else least[:, None])
+
+
+def widest_useful(num_classes: int) -> float:
+    """Returns how many diagnoses a set may name on average and still help.
+
+    Beside one diagnosis it keeps at most a quarter of the others, and five in all.
+    """
+    return min(1 + (num_classes - 1) / 4, 5.0)
+
+
+def sets_note(choice: Mapping[str, Any] | None, classes: Classes) -> str:
+    """Returns in words what the sets that are shown promise and what they did; '' without a choice.
+
+    Args:
+      choice: see `Calibrated.choice`.
+      classes: of the sets.
+    """
+    if choice is None:
+        return ""
+    size = f"{choice['mean_size']:.1f} of {len(classes)} diagnoses on average"
+    if not choice["useful"]:
+        return f"The sets are too wide to help: on validation they named {size}."
+    covered = {dx: share for dx, share in choice["coverage_per_class"].items() if share is not None}
+    said = (
+        f"Each set is to hold the truth in {LEVEL:.0%} of the lesions"
+        f" {_PROMISES[choice['kind']]}; on validation the sets held it in {choice['coverage']:.0%}"
+    )
+    if covered:
+        least = min(covered, key=covered.__getitem__)
+        said += f", least often of {classes.title(least)} ({covered[least]:.0%}),"
+    return f"{said} and named {size}.".replace("%", " %")
 
 
 def join(parts: Sequence[Calibrated], places: np.ndarray) -> Calibrated:
@@ -74,7 +127,8 @@ def join(parts: Sequence[Calibrated], places: np.ndarray) -> Calibrated:
       places: int [n], a permutation: where each image of the first part goes, of the second, ...
     """
     order = np.argsort(places)
-    return _combine(parts, lambda arrays: np.concatenate(arrays)[order])
+    joined = _combine(parts, lambda arrays: np.concatenate(arrays)[order])
+    return dataclasses.replace(joined, choice=None)
 
 
 def mean(members: Sequence[Calibrated]) -> Calibrated:
@@ -88,7 +142,12 @@ def mean(members: Sequence[Calibrated]) -> Calibrated:
     combined = _combine(members, lambda arrays: np.mean(arrays, axis=0))
     method = ", ".join(dict.fromkeys(member.method for member in members))
     in_use = {method: np.mean([member.probabilities for member in members], axis=0)}
-    return dataclasses.replace(combined, method=method, by_method={**combined.by_method, **in_use})
+    return dataclasses.replace(
+        combined,
+        method=method,
+        by_method={**combined.by_method, **in_use},
+        choice=members[0].choice if len(members) == 1 else None,
+    )
 
 
 def _combine(
@@ -99,6 +158,8 @@ def _combine(
         first,
         by_method={name: how([part.by_method[name] for part in parts]) for name in first.by_method},
         thresholds={
-            name: how([part.thresholds[name] for part in parts]) for name in first.thresholds
+            name: how([part.thresholds[name] for part in parts])
+            for name in first.thresholds
+            if all(name in part.thresholds for part in parts)
         },
     )

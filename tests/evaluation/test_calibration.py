@@ -53,12 +53,12 @@ def of_lesions(num_lesions, rng, signal=2.0, most=4):
     return Predictions(HAM10000, labels, p, np.array([f"HAM_{n}" for n in lesion]))
 
 
-def sure(num_lesions=300, seed=0):
+def sure(num_lesions=300, seed=0, signal=3):
     """Returns predictions that are mostly right."""
     rng = np.random.default_rng(seed)
     lesion = np.repeat(np.arange(num_lesions), rng.integers(1, 4, num_lesions))
     labels = rng.choice(7, num_lesions, p=[0.1, 0.1, 0.1, 0.05, 0.15, 0.4, 0.1])[lesion]
-    p = special.softmax(3 * np.eye(7)[labels] + rng.normal(0, 2, (len(labels), 7)), axis=-1)
+    p = special.softmax(signal * np.eye(7)[labels] + rng.normal(0, 2, (len(labels), 7)), axis=-1)
     return Predictions(HAM10000, labels, p, np.array([f"HAM_{n}" for n in lesion]))
 
 
@@ -203,6 +203,33 @@ def test_a_reliability_table_holds_all_images_and_the_calibration_error(seed, co
     )
     order = np.random.default_rng(seed).permutation(200)
     assert calibration.measure_method(raw.take(order)) == calibration.measure_method(raw)
+
+
+def test_with_few_lesions_similar_diagnoses_share_a_threshold_and_sets_still_help():
+    """Class-conditional sets name nearly all of seven diagnoses where most have few lesions."""
+    raw = sure(100, signal=5)
+    chosen = calibration.choose_sets(raw)
+    assert (chosen["kind"], chosen["useful"]) == ("clustered", True)
+    thresholds = calibration.fit_thresholds(raw)
+    own, shared = thresholds["class_conditional"], thresholds["clustered"]
+    assert min(own) == 0
+    lesions = {k: set(raw.lesion_ids[raw.labels == k]) for k in range(7)}
+    for value in set(shared):
+        group = [k for k in range(7) if shared[k] == value]
+        assert sum(len(lesions[k]) for k in group) >= 20
+    alone = [k for k in range(7) if shared.count(shared[k]) == 1]
+    assert all(shared[k] == own[k] for k in alone)
+
+    def size(kind):
+        least = np.array(thresholds[kind])
+        return (sure(300, 5, signal=5).probabilities >= least).sum(1).mean()
+
+    assert size("clustered") < 2.5 < size("class_conditional")
+    order = np.random.default_rng(0).permutation(len(raw))
+    assert calibration.choose_sets(raw.take(order)) == chosen
+    assert calibration.choose_sets(sure(1000, signal=5))["kind"] == "class_conditional"
+    knows_nothing = raw.with_probabilities(np.full((len(raw), 7), 1 / 7))
+    assert calibration.choose_sets(knows_nothing)["useful"] is False
 
 
 @pytest.mark.parametrize("kind", decision.KINDS)

@@ -7,10 +7,12 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 from flax import nnx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from scipy import ndimage, stats
 
 from ham_jax import config, escape, model, models, parallel
@@ -227,6 +229,36 @@ def test_panels_of_a_run(trained):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     with pytest.raises(InputError, match="split 'train'"):
         explain.run(trained, "train", [], mesh)
+
+
+@pytest.mark.usefixtures("patches")
+def test_heat_is_shared_between_the_halves_of_the_view(trained, tmp_path):
+    """Masks of the left half and of the right: together all of the heat."""
+    judged = predictions.read(trained / "predictions.csv")
+    run = shutil.copytree(trained, tmp_path / "run")
+    halves = []
+    for side in (slice(0, 32), slice(32, 64)):
+        folder = tmp_path / f"masks{side.start}"
+        folder.mkdir()
+        mask = np.zeros((64, 64, 3), np.uint8)
+        mask[:, side] = 255
+        for image_id in judged.image_ids[1:]:
+            Image.fromarray(mask).save(folder / f"{image_id}.png")
+        options = [("eval.masks", str(folder)), ("eval.robustness_images", "0")]
+        explain.run(run, "val", [*options, ("eval.batch_size", "16")], parallel.mesh())
+        halves.append(pd.read_csv(run / "explanations" / "on_lesion.csv"))
+    left, right = halves
+    assert left["image_id"].tolist() == judged.image_ids[1:].tolist()
+    said = left["truth"].tolist(), left["prediction"].tolist()
+    answers = [judged.classes.names[k] for k in judged.probabilities[1:].argmax(1)]
+    assert said == (judged.truth[1:].tolist(), answers)
+    np.testing.assert_allclose(left["lesion_area"], 0.5, atol=1e-6)
+    total = left["heat_on_lesion"] + right["heat_on_lesion"]
+    np.testing.assert_allclose(total.dropna(), 1, atol=1e-6)
+    assert total.notna().any()
+    assert left["heat_on_lesion"].std() > 0.01
+    with pytest.raises(InputError, match="neither a folder nor a zip"):
+        explain.run(run, "val", [("eval.masks", str(tmp_path / "no"))], parallel.mesh())
 
 
 @pytest.mark.usefixtures("patches")

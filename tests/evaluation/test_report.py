@@ -89,6 +89,10 @@ def full(tmp_path_factory):
     shown = {"image_id": "a", "truth": "nv", "prediction": "mel", "probability": 0.5}
     manifest = {"split": "val", "step": 7, "panels": {"uncertain.png": [shown]}}
     (folder / "explanations" / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "explanations" / "on_lesion.csv").write_text(
+        "image_id,lesion_id,truth,prediction,heat_on_lesion,lesion_area,split,step\n"
+        "a,l,mel,mel,0.75,0.25,val,7\nb,m,nv,mel,0.375,0.25,val,7\nc,n,nv,mel,,0.5,val,7\n"
+    )
     report.run(folder)
     return folder
 
@@ -203,6 +207,49 @@ def test_the_page_says_what_the_metrics_say(full):
     assert said == pytest.approx([flag["specificity"], *flag["specificity_interval"]], abs=5.1e-4)
     fog = next(numbers_of(row) for row in rows if row and row[0] == "fog")
     assert fog == pytest.approx([0.6125, 0.5, 0.7, 0.4125, 0.3, 0.5, 0.5125], abs=5.1e-4)
+
+
+def test_what_a_reader_sees_first_is_in_words_and_nothing_is_mixed(full):
+    """Plain words, then what is measured before calibration, then after; shares as asked for."""
+    judged = predictions.read(full / "predictions.csv")
+    numbers, text = metrics.compute(judged), page_of(full)
+    words, before, after = (
+        text.index(f">{mark}") for mark in ("In plain words", "Before calib", "After calib")
+    )
+    assert words < before < after
+    right = f"named the right one for {100 * numbers['accuracy']:.0f} of 100 photographs"
+    assert words < text.index(right) < before
+    measured = calibration.measure(judged, calibration.cross_fit(judged, "temperature"), True)
+    loss = measured["calibration"]["temperature"]["log_loss"]
+    assert f'"value">{loss:.3f}</span><span class="span">{numbers["log_loss"]:.3f} before' in text
+    assert f"{measured['decision']['malignant']['auc']:.3f}</span>" in text[after:]
+    assert "AUC, malignant or not" not in text[before:after]
+    rows = [[cell.replace("\N{NO-BREAK SPACE}", " ") for cell in row] for row in Page(text).rows]
+    asked = [row[0] for row in rows if len(row) == 5 and row[1].endswith(".0 %")]
+    assert asked == ["100 %", "90 %", "80 %", "70 %", "60 %", "50 %"]
+    own = calibrator.read(full, HAM10000).choice("temperature")
+    for said in (text, (full / "model_card.md").read_text(encoding="utf-8")):
+        assert html.escape(decision.sets_note(own, HAM10000)) in said
+    shown = next(row for row in rows if row[1:2] == ["shown"])
+    sets = measured["decision"]["sets"]["0.90"]["shown"]
+    of_mel = 6 + HAM10000.index("mel")
+    low, high = sets["coverage_per_class_interval"]["mel"]
+    assert shown[of_mel] == f"{100 * sets['coverage_per_class']['mel']:.0f} %" + (
+        f"{100 * low:.0f} to {100 * high:.0f}"
+    )
+
+
+def test_the_share_of_the_heat_on_the_lesion_is_told_where_masks_were_given(full, tmp_path):
+    rows = Page(page_of(full)).rows
+    mel, nv, mean = (
+        numbers_of(next(row for row in rows if row and len(row) == 6 and row[0] == name)[1:5])
+        for name in ("mel", "nv", "mean of the diagnoses")
+    )
+    assert mel == [1, 75, 25, 0.5]
+    assert nv == [1, 37.5, 25, 0.125]
+    assert mean == pytest.approx([2, 56.2, 25, 0.312], abs=0.06)
+    assert "1 of 3 maps are empty" in page_of(full)
+    assert "56\N{NO-BREAK SPACE}% lies on the lesion" in (full / "model_card.md").read_text()
 
 
 def test_the_card_says_the_same(full):
@@ -505,6 +552,12 @@ def test_missing_predictions_and_nowhere_to_write_are_answered(bare, tmp_path):
         ("metrics.json", b'{"classes": ["mel", "nv"], "malignant": [], "titles": ["a"]}'),
         ("config.json", b"[" * 100_000),
         ("explanations/manifest.json", b'{"a": "\\ud800"}'),
+        ("explanations/on_lesion.csv", b"image_id\na\n"),
+        (
+            "explanations/on_lesion.csv",
+            b"image_id,lesion_id,truth,prediction,heat_on_lesion,lesion_area,split,step\n"
+            b"a,l,wart,mel,0.7,0.2,val,7\n",
+        ),
         ("explanations/manifest.json", b'{"split": "val", "step": 7, "panels": [1]}'),
         ("explanations/manifest.json", b'{"split": "val", "step": 7, "panels": {"a.png": 1}}'),
         ("robustness.csv", b"corruption\nnone\n"),

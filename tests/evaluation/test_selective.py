@@ -108,6 +108,10 @@ def test_sets_are_counted_by_lesion_and_by_image():
     assert first["coverage_per_class"] == dict.fromkeys(HAM10000) | {"akiec": 0.5, "nv": 0}
     assert first["mean_size"] == pytest.approx(1)
     assert (first["empty"], first["single"]) == pytest.approx((1 / 3, 1 / 3))
+    interval = stats.binomtest(0, 1).proportion_ci(0.95, method="wilson")
+    of_nv = first["coverage_per_class_interval"]["nv"]
+    assert of_nv == pytest.approx([interval.low, interval.high])
+    assert first["coverage_per_class_interval"]["mel"] is None
     all_in = selective.measure(predictions, calibrated(predictions, marginal=0.01))["sets"]
     assert all_in["0.90"]["marginal"]["coverage"] == 1
     assert found["0.90"]["class_conditional"]["mean_size"] == 7
@@ -124,10 +128,22 @@ def test_abstention_by_hand():
     found = selective.abstention(predictions)
     assert found["aurc"] == pytest.approx(1 / 9)
     assert found["selective"][0] == pytest.approx(
-        {"coverage": 1, "accuracy": 2 / 3, "balanced_accuracy": 2 / 3, "num_classes": 3}
+        {
+            "asked": 1,
+            "coverage": 1,
+            "accuracy": 2 / 3,
+            "balanced_accuracy": 2 / 3,
+            "num_classes": 3,
+        }
     )
     assert found["selective"][-1] == pytest.approx(
-        {"coverage": 2 / 3, "accuracy": 1, "balanced_accuracy": 1, "num_classes": 2}
+        {
+            "asked": 0.5,
+            "coverage": 2 / 3,
+            "accuracy": 1,
+            "balanced_accuracy": 1,
+            "num_classes": 2,
+        }
     )
 
 

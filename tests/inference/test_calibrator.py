@@ -69,6 +69,20 @@ def test_a_file_of_version_0_1_is_read_at_its_level_of_90_percent():
         assert (said.thresholds["class_conditional"] == old["class_conditional"][0]).all()
 
 
+def test_what_validation_chose_is_shown_and_before_that_was_a_choice_each_diagnosis(tmp_path):
+    raw = draw(60)
+    fitted = calibration.fit(raw, ABOUT)
+    assert fitted.choice("none")["kind"] == "clustered"
+    fitted.write(tmp_path)
+    said = calibrator.read(tmp_path, HAM10000).apply("none", raw.probabilities)
+    np.testing.assert_array_equal(said.sets("shown"), said.sets("clustered"))
+    assert (said.sets("shown") != said.sets("class_conditional")).any()
+    assert said.choice == fitted.choice("none")
+    old = calibrator.read(OLD_RUN, HAM10000).apply("none", raw.probabilities)
+    np.testing.assert_array_equal(old.sets("shown"), old.sets("class_conditional"))
+    assert old.choice is None
+
+
 def test_settings_that_differ_are_named():
     fitted = calibration.fit(draw(30), ABOUT)
     assert fitted.mismatch({**ABOUT, "records": "other"}) == ""

@@ -20,6 +20,7 @@ def draw(classes=HAM10000, method="temperature", seed=0):
         "malignant": rng.random(NUM),
         "marginal": rng.random(NUM) / c,
         "class_conditional": rng.random((NUM, c)) / c,
+        "clustered": rng.random((NUM, c)) / c,
     }
     return Calibrated(classes, method, by_method, thresholds)
 
@@ -75,6 +76,28 @@ def test_parts_are_joined_in_the_order_asked_for():
         np.testing.assert_array_equal(joined.by_method[name], whole.by_method[name])
     for name in whole.thresholds:
         np.testing.assert_array_equal(joined.thresholds[name], whole.thresholds[name])
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "said"),
+    [
+        ("class_conditional", 1.74, "of the lesions of each diagnosis; on validation"),
+        ("clustered", 2.5, "of each group of diagnoses that are alike"),
+        ("marginal", 4.8, "too wide to help: on validation they named 4.8 of 7"),
+    ],
+)
+def test_a_sentence_tells_the_promise_and_whether_it_helps(kind, size, said):
+    choice = {
+        "kind": kind,
+        "mean_size": size,
+        "coverage": 0.9,
+        "coverage_per_class": dict.fromkeys(HAM10000, 0.95) | {"df": None, "mel": 0.85},
+        "useful": size <= decision.widest_useful(7),
+    }
+    note = decision.sets_note(choice, HAM10000)
+    assert said in note
+    assert ("least often of melanoma (85 %)" in note) == choice["useful"]
+    assert decision.sets_note(None, HAM10000) == ""
 
 
 def test_members_with_other_methods_are_averaged_each_as_it_says():
