@@ -3,6 +3,7 @@
 python benchmarks/speed.py step      # a training step: ours, stock Flax, PyTorch where installed
 python benchmarks/speed.py loop --data=data/ham10000   # feed, augmentation and step together
 python benchmarks/speed.py conv      # each form of each convolution: is the rule still right?
+python benchmarks/speed.py crop      # the random crop: its forms, and a turned one
 python benchmarks/speed.py feed --data=data/ham10000   # batches without a model
 python benchmarks/speed.py memory    # of a training step, as compiled
 python benchmarks/speed.py startup   # seconds from the command to the first step
@@ -67,6 +68,7 @@ _CALLS = [range(n, n + 1) for n in range(100_000)]  # more than a turn takes
 _ON_CPU = ("resnet18:64:32", "efficientnet_lite0:128:32", "resnet18:128:32", "resnet50:224:8")
 _ON_ACCELERATOR = ("resnet50:224:256", "efficientnet_lite0:224:256")
 _CONFIGS = ("demo:", "resnet:18", "resnet:50", "efficientnet_lite:0")
+_CROPS = (((300, 400), 224, 64), ((300, 400), 224, 256))  # canvas, pixels, batch
 _PEERS = ROOT / "benchmarks" / "peers"
 
 
@@ -425,6 +427,77 @@ def _time_forms(x, kernel, geometry) -> dict[str, dict[str, float]]:
     return times
 
 
+def crop() -> dict[str, Any]:
+    """Images/s of training's random crop in each form of `preprocess.resample`, and turned.
+
+    Beside them, how far the forms lie apart, in grey levels.
+    """
+    import jax
+
+    results = {}
+    for canvas, px, batch_size in _CROPS:
+        name = f"{batch_size} images, {canvas[0]}x{canvas[1]} -> {px} px"
+        given, forms = _crop_forms(canvas, px, batch_size)
+        with console.progress(name) as progress:
+            turns = {form: _crop_turn(view, given, batch_size) for form, view in forms.items()}
+            results[name] = compared(rounds(turns, progress))
+        for form, view in forms.items():
+            plan = view.lower(*given).compile().memory_analysis()
+            results[name][form]["temporary_bytes"] = plan.temp_size_in_bytes
+        views = [forms[form](*given) for form in ("products", "gathers")]
+        apart = float(abs(views[0] - views[1]).max()) * 255
+        results[name]["products"]["grey_levels_apart"] = apart
+        _table(f"{name}: images/s of the crop alone", results[name])
+        print(f"The forms lie {apart:.1e} grey levels apart at the most.")
+    return {
+        "rates": results,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "versions": {name: metadata.version(name) for name in ("jax", "jaxlib")},
+    }
+
+
+def _crop_forms(canvas, px: int, batch_size: int) -> tuple[tuple, dict[str, Any]]:
+    """Returns (a random batch, {form: its compiled view})."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from ham_jax.data import preprocess
+    from ham_jax.training import augment
+
+    image = np.random.default_rng(0).integers(0, 256, (batch_size, *canvas, 3), np.uint8)
+    keys = jax.random.split(jax.random.key(0), 3)
+    section = configuration.base().augment
+    boxes = augment.draw_boxes(keys[0], batch_size, *canvas, section.crop_scale, section.crop_ratio)
+    k = jax.random.randint(keys[1], (batch_size,), 0, 8)
+    matrix = augment.draw_turns(keys[2], batch_size, math.pi / 4)
+
+    def in_form(form):
+        def view(image, boxes, k, matrix):
+            with preprocess.in_form(form):
+                return preprocess.resample_dihedral(image, boxes, k, px)
+
+        return jax.jit(view)
+
+    def turned(image, boxes, k, matrix):
+        return preprocess.dihedral(augment.resample_warped(image, boxes, matrix, px), k)
+
+    forms = {form: in_form(form) for form in ("products", "gathers")} | {"turned": jax.jit(turned)}
+    return (jnp.asarray(image), boxes, k, matrix), forms
+
+
+def _crop_turn(view, given: tuple, batch_size: int) -> Callable[[], float]:
+    # An accelerator is told of several, so that it is the one that is busy.
+    num_calls = 1 if _platform() == "cpu" else 16
+
+    def call() -> None:
+        for _ in range(num_calls):
+            done = view(*given)
+        done.block_until_ready()
+
+    return _feed_turn(call, num_calls * batch_size)
+
+
 def feed() -> dict[str, Any]:
     """Images/s of batches on the device with random crop and flips: ours, tf.data, PyTorch."""
     import jax
@@ -562,7 +635,7 @@ def main(argv: list[str]) -> None:
     if _CONTESTANT.value:
         _worker(argv[1], _CONTESTANT.value)
         return
-    what = {f.__name__: f for f in (step, loop, conv, feed, memory, startup)}
+    what = {f.__name__: f for f in (step, loop, conv, crop, feed, memory, startup)}
     if len(argv) != 2 or argv[1] not in what:
         raise app.UsageError(f"Say one of {', '.join(what)}.")
     results = what[argv[1]]()

@@ -76,6 +76,7 @@ class Key:
 
 _INF = math.inf
 _CROP_PX = (16, 1024)
+_TILES = (1, 256)
 _POSITIVE = (1e-9, _INF)  # amount of a duration that may not be 0
 
 # fmt: off
@@ -203,7 +204,10 @@ KEYS = (
     Key("eval.weights", "auto", "Weights that are evaluated: 'raw', or 'ema' for their moving"
         " average. 'auto': ema if the run has one.",
         choices=("auto", "raw", "ema"), free_on_resume=True, free_in_evaluation=True),
-    Key("eval.crop_scale", 1.0, "Side of the central square, as a share of the shorter side of the"
+    Key("eval.tiles", 1, "Number of squares whose probabilities are averaged, over eval.tta views"
+        " of each. 1: the central one; more: even rows and columns that cover the canvas.",
+        range=_TILES, free_on_resume=True, free_in_evaluation=True),
+    Key("eval.crop_scale", 1.0, "Side of these squares, as a share of the shorter side of the"
         " canvas.", range=(0.1, 1), free_on_resume=True, free_in_evaluation=True),
     Key("eval.robustness_images", 500, "Number of images for --mode=robustness: whole lesions, the"
         " classes as balanced as possible. 0: all images.",
@@ -528,6 +532,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int = 1) -> None:
         _canvas_faults,
         _class_faults,
         _crop_faults,
+        _tile_faults,
         _progressive_faults,
         _dispatch_faults,
         _pattern_faults,
@@ -543,6 +548,13 @@ def validate(config: ml_collections.ConfigDict, num_devices: int = 1) -> None:
 def faults_of(name: str, value: Any) -> list[str]:
     """Returns what the table of keys has against a value, whatever the other keys are."""
     return _type_faults({name: value}) or _value_faults(_BY_NAME[name], value)
+
+
+def tile_grid(config: ml_collections.ConfigDict) -> tuple[int, int]:
+    """Returns the (rows, columns) of the `eval.tiles` squares on the canvas."""
+    grid = _grid(config, config.eval.tiles)
+    assert grid, "validate refuses other numbers"
+    return grid
 
 
 def num_steps(duration: Mapping[str, float], steps_per_epoch: float) -> int:
@@ -675,6 +687,39 @@ def _crop_faults(config) -> list[str]:
         elif name == "crop_scale" and value[1] > 1:
             faults.append(f"augment.{name} = {value!r} is a share: 1 at the most.")
     return faults
+
+
+def _tile_faults(config) -> list[str]:
+    tiles, scale, canvas = config.eval.tiles, config.eval.crop_scale, config.data.canvas
+    if tiles < 1 or not 0 < scale <= 1 or _canvas_faults(config) or _grid(config, tiles):
+        return []
+    fitting = [n for n in range(_TILES[0], _TILES[1] + 1) if _grid(config, n)]
+    near = sorted(sorted(fitting, key=lambda n: abs(n - tiles))[:5])
+    return [
+        f"eval.tiles = {tiles} squares cannot cover the canvas of {canvas[0]} x {canvas[1]} pixels"
+        f" in even rows and columns, each different, where their side is eval.crop_scale = {scale}"
+        f" of its shorter side; {', '.join(map(str, near))} can."
+    ]
+
+
+def _grid(config, tiles: int) -> tuple[int, int] | None:
+    """Returns the rows and columns of squares that cover the canvas most evenly, or None."""
+    canvas = config.data.canvas
+    side = config.eval.crop_scale * min(canvas)
+    if tiles == 1:
+        return 1, 1  # which need not cover it
+
+    def steps(grid):
+        """Returns the pixels from one square to the next, down and across."""
+        return [(length - side) / max(n - 1, 1) for length, n in zip(canvas, grid, strict=True)]
+
+    def is_even(grid):
+        """Says whether no gap is as wide as a pixel, and no square lies on another."""
+        pairs = zip(steps(grid), grid, strict=True)
+        return all(0 < step < side + 1 if n > 1 else step < 1 for step, n in pairs)
+
+    grids = [(rows, tiles // rows) for rows in range(1, tiles + 1) if tiles % rows == 0]
+    return min(filter(is_even, grids), key=lambda grid: max(steps(grid)), default=None)
 
 
 def _progressive_faults(config) -> list[str]:

@@ -60,13 +60,15 @@ class Forward:
         self, network: models.Network, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
     ):
         self.network, self.mesh = network, mesh
-        self._num_views = config.eval.tta
+        self._num_tiles, self._num_views = config.eval.tiles, config.eval.tta
         self._view = functools.partial(
             preprocess.eval_view,
             crop_px=config.augment.crop_px,
             crop_scale=config.eval.crop_scale,
             gray_norm=config.augment.shades_of_gray,
         )
+        tile = functools.partial(self._view, grid=configuration.tile_grid(config))
+        self._tile = jax.jit(tile, out_shardings=parallel.batch_sharding(mesh))
         jit = functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
         self._probabilities = jit(self._one_view)
         self.features = jit(self._features)
@@ -77,31 +79,33 @@ class Forward:
     ) -> jax.Array:
         """Returns float32 [B, C]; `metadata` is float32 [B, M], for a network that takes it.
 
-        With `eval.tta = n` it is the mean over the first n views of the dihedral group: 2 adds the
-        mirror image, 4 all flips, 8 the quarter turns too.
+        It is the mean over the `eval.tiles` squares of the canvas, and in each with `eval.tta = n`
+        over the first n views of the dihedral group: 2 adds the mirror image, 4 all flips, 8 the
+        quarter turns too.
         """
         # One program for all views: eight unrolled copies would compile eight times as long.
         views = [
-            self._probabilities(variables, image, jnp.int32(k), metadata)
+            self._probabilities(variables, view, jnp.int32(k), metadata)
+            for view in (self._tile(image, tile=jnp.int32(t)) for t in range(self._num_tiles))
             for k in range(self._num_views)
         ]
         return sum(views[1:], views[0]) / len(views)
 
-    def _one_view(self, variables, image, k, metadata):
-        view = preprocess.dihedral(self._view(image), k)
+    def _one_view(self, variables, view, k, metadata):
+        view = preprocess.dihedral(view, k)
         logits, _ = self.network.apply(
             variables["params"], variables["batch_stats"], view, train=False, metadata=metadata
         )
         return jax.nn.softmax(logits)
 
     def _features(self, variables, image):
-        """Of the upright view alone, float32 [B, F]."""
+        """Of the central square upright, float32 [B, F]."""
         return self.network.features(
             variables["params"], variables["batch_stats"], self._view(image)
         )
 
     def _explain(self, variables, image, labels, metadata=None):
-        """Of the upright view alone, see `Explanation`; `labels` is int32 [B]."""
+        """Of the central square upright, see `Explanation`; `labels` is int32 [B]."""
         view = self._view(image)
         last, gradient = self.network.class_maps(
             variables["params"], variables["batch_stats"], view, labels, metadata
@@ -235,7 +239,7 @@ class Model:
       config: of the run, with the keys that were set anew.
       forward: its compiled functions.
       variables: the weights that answer, on the mesh.
-      provenance: step, tta, crop_scale and weights ('raw' or 'ema'), as metrics.json and
+      provenance: step, tta, tiles, crop_scale and weights ('raw' or 'ema'), as metrics.json and
         calibration.json say them.
       calibrator: of its probabilities, or None.
       detector: of photographs unlike those of training, or None.
@@ -262,7 +266,7 @@ class Model:
         network = models.build(
             config.model, len(classes), NUM_METADATA if config.model.metadata else 0
         )
-        provenance = {"tta": config.eval.tta, "crop_scale": config.eval.crop_scale}
+        provenance = {name: config.eval[name] for name in ("tta", "tiles", "crop_scale")}
         return cls(str(workdir), classes, config, Forward(network, config, mesh), {}, provenance)
 
     @classmethod

@@ -203,6 +203,40 @@ def test_growing_crops_are_pairs_of_increasing_shares(sizes, says):
     assert any("augment.progressive" in fault and says in fault for fault in faults_of(c))
 
 
+@pytest.mark.parametrize(
+    ("tiles", "crop_scale", "grid"),
+    [
+        (1, 0.2, (1, 1)),
+        (2, 1.0, (1, 2)),
+        (4, 1.0, (1, 4)),  # not 2 x 2: the rows would be the same
+        (4, 224 / 300, (2, 2)),
+        (6, 224 / 300, (2, 3)),
+        (8, 224 / 300, (2, 4)),
+        (16, 224 / 300, (4, 4)),
+        (12, 1 / 3, (3, 4)),
+    ],
+)
+def test_squares_cover_the_canvas_evenly(tiles, crop_scale, grid):
+    c = configuration.base()
+    c.data.canvas = (300, 400)
+    c.eval.tiles, c.eval.crop_scale = tiles, crop_scale
+    configuration.validate(c)
+    assert configuration.tile_grid(c) == grid
+
+
+@pytest.mark.parametrize(
+    ("tiles", "crop_scale", "says"),
+    [(5, 0.75, "1, 4, 6, 8, 9 can"), (4, 1 / 3, "1, 12, 15, 16, 18 can"), (0, 0.75, "[1, 256]")],
+)
+def test_squares_that_cannot_cover_the_canvas_are_refused(tiles, crop_scale, says):
+    c = configuration.base()
+    c.data.canvas = (300, 400)
+    c.eval.tiles, c.eval.crop_scale = tiles, crop_scale
+    (fault,) = faults_of(c)
+    assert f"eval.tiles = {tiles}" in fault
+    assert says in fault
+
+
 def test_only_keys_that_change_the_numbers_make_it_another_run():
     a, b = configuration.base(), configuration.base()
     b.data.dir, b.data.feed, b.log.every_steps, b.eval.tta = "elsewhere", "stream", 1, 8

@@ -4,7 +4,9 @@ Images are float32 in [0, 1], RGB, [B, H, W, 3], unless said otherwise. All of i
 on batches sharded along their rows, with static shapes.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import cast
 
 import jax
@@ -12,13 +14,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+_form: str | None = None  # None: what suits the backend
+
+
+@contextlib.contextmanager
+def in_form(name: str) -> Iterator[None]:
+    """Within it, what is traced resamples in a form of RESAMPLERS, whatever the backend."""
+    global _form
+    before, _form = _form, name
+    try:
+        yield
+    finally:
+        _form = before
+
 
 def resample(image: jax.Array, boxes: jax.Array, size_px: int) -> jax.Array:
     """Cuts a box out of each image and scales it to a square, with antialiasing.
 
     The filter is the triangle (bilinear) one, as wide as the reduction, as in Pillow's
-    `Image.resize(..., BILINEAR, box=...)`. Its weights are separable: rows first, then columns,
-    each as a sum over the few pixels within reach.
+    `Image.resize(..., BILINEAR, box=...)`. Its weights are separable: rows first, then columns.
+    On CPU each is a sum over the few pixels within reach; on GPU and TPU, which multiply matrices
+    faster than they look pixels up, it is a product with a matrix that is mostly 0.
 
     Args:
       image: uint8 [B, H, W, 3].
@@ -29,6 +45,12 @@ def resample(image: jax.Array, boxes: jax.Array, size_px: int) -> jax.Array:
     Returns:
       float32 [B, size_px, size_px, 3] in [0, 1].
     """
+    # Decided while tracing: a program is compiled for the backend that traces it.
+    name = _form or ("gathers" if jax.default_backend() == "cpu" else "products")
+    return RESAMPLERS[name](image, boxes, size_px)
+
+
+def _by_gathers(image: jax.Array, boxes: jax.Array, size_px: int) -> jax.Array:
     batch, height, width, channels = image.shape
     rows = _within_reach(boxes[:, 0], boxes[:, 2], height, size_px)
     columns = _within_reach(boxes[:, 1], boxes[:, 3], width, size_px)
@@ -39,6 +61,22 @@ def resample(image: jax.Array, boxes: jax.Array, size_px: int) -> jax.Array:
     return lax.optimization_barrier(_weighted(scaled, *columns, 1) / 255)
 
 
+def _by_products(image: jax.Array, boxes: jax.Array, size_px: int) -> jax.Array:
+    _, height, width, _ = image.shape
+    rows = _of_all(boxes[:, 0], boxes[:, 2], height, size_px)
+    columns = _of_all(boxes[:, 1], boxes[:, 3], width, size_px)
+    # With the channels beside the rows, both products sum over an outermost or innermost axis, and
+    # nothing between them is transposed. These are pixels: the default precision keeps 8 bits.
+    image = image.swapaxes(2, 3).astype(rows.dtype)
+    scaled = jnp.einsum("byh,bhcw->bycw", rows, image, precision=lax.Precision.HIGHEST)
+    scaled = jnp.einsum("bycw,bxw->bycx", scaled, columns, precision=lax.Precision.HIGHEST)
+    return scaled.swapaxes(2, 3) / 255
+
+
+RESAMPLERS = {"gathers": _by_gathers, "products": _by_products}
+"""Forms of `resample`: the same sums."""
+
+
 def _within_reach(
     start: jax.Array, length: jax.Array, num_pixels: int, size_px: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -46,15 +84,30 @@ def _within_reach(
 
     Pixels outside the image have weight 0.
     """
-    scale = (length / size_px)[:, None, None]
-    reach = jnp.maximum(jnp.abs(scale), 1.0)
-    center = start[:, None, None] + (jnp.arange(size_px)[:, None] + 0.5) * scale
+    center, reach = _places(start, length, size_px)
     num_taps = math.ceil(2 * max(num_pixels / size_px, 1.0))  # of the widest box
     # Pillow lets no pixel count whose centre is not within reach; the triangle does the same.
     pixel = jnp.floor(center - reach + 0.5).astype(jnp.int32) + jnp.arange(num_taps)
-    weight = jnp.maximum(1.0 - jnp.abs(pixel + 0.5 - center) / reach, 0.0)
+    weight = _triangle(pixel, center, reach)
     weight = jnp.where((pixel >= 0) & (pixel < num_pixels), weight, 0.0)
     return pixel, weight / weight.sum(-1, keepdims=True)
+
+
+def _of_all(start: jax.Array, length: jax.Array, num_pixels: int, size_px: int) -> jax.Array:
+    """Returns each output pixel's weights of all input pixels, [B, size_px, num_pixels]."""
+    weight = _triangle(jnp.arange(num_pixels), *_places(start, length, size_px))
+    return weight / weight.sum(-1, keepdims=True)
+
+
+def _places(start: jax.Array, length: jax.Array, size_px: int) -> tuple[jax.Array, jax.Array]:
+    """Returns each output pixel's centre, [B, size_px, 1], and how far it reaches, [B, 1, 1]."""
+    scale = (length / size_px)[:, None, None]
+    center = start[:, None, None] + (jnp.arange(size_px)[:, None] + 0.5) * scale
+    return center, jnp.maximum(jnp.abs(scale), 1.0)
+
+
+def _triangle(pixel: jax.Array, center: jax.Array, reach: jax.Array) -> jax.Array:
+    return jnp.maximum(1.0 - jnp.abs(pixel + 0.5 - center) / reach, 0.0)
 
 
 def _weighted(image: jax.Array, pixel: jax.Array, weight: jax.Array, axis: int) -> jax.Array:
@@ -67,11 +120,29 @@ def _weighted(image: jax.Array, pixel: jax.Array, weight: jax.Array, axis: int) 
     return cast(jax.Array, sum(weighted))
 
 
+def tile_boxes(height: int, width: int, scale: float, grid: tuple[int, int]) -> np.ndarray:
+    """Returns the squares that tile a canvas, float32 [rows x columns, 4], row after row.
+
+    The outermost touch the canvas's edges and the others lie evenly between them; one alone in its
+    direction is in the middle.
+
+    Args:
+      height: of the canvas, in pixels.
+      width: of the canvas, in pixels.
+      scale: their side, share of the canvas's shorter side.
+      grid: (rows, columns).
+    """
+    side = scale * min(height, width)
+    tops, lefts = (
+        (length - side) * (np.linspace(0, 1, count) if count > 1 else np.array([0.5]))
+        for length, count in zip((height, width), grid, strict=True)
+    )
+    return np.array([(top, left, side, side) for top in tops for left in lefts], np.float32)
+
+
 def central_boxes(batch_size: int, height: int, width: int, scale: float) -> np.ndarray:
     """Returns centred squares float32 [B, 4] whose side is `scale` times the shorter side."""
-    side = scale * min(height, width)
-    box = ((height - side) / 2, (width - side) / 2, side, side)
-    return np.tile(np.array(box, np.float32), (batch_size, 1))
+    return np.tile(tile_boxes(height, width, scale, (1, 1)), (batch_size, 1))
 
 
 def shades_of_gray(image: jax.Array, norm: float) -> jax.Array:
@@ -134,18 +205,28 @@ def resample_dihedral(image: jax.Array, boxes: jax.Array, k: jax.Array, size_px:
     return jnp.where((k & 4)[:, None, None, None], view.swapaxes(1, 2), view)
 
 
-def eval_view(image: jax.Array, crop_px: int, crop_scale: float, gray_norm: float) -> jax.Array:
+def eval_view(
+    image: jax.Array,
+    crop_px: int,
+    crop_scale: float,
+    gray_norm: float,
+    grid: tuple[int, int] = (1, 1),
+    tile: jax.Array | int = 0,
+) -> jax.Array:
     """Returns what evaluation, prediction and export show the network.
 
     Args:
       image: canvas pixels, uint8 [B, H, W, 3].
       crop_px: side of the result.
-      crop_scale: side of the central square, share of the canvas's shorter side.
+      crop_scale: side of the square, share of the canvas's shorter side.
       gray_norm: of `shades_of_gray`.
+      grid: rows, columns of `tile_boxes`. Default: the central square alone.
+      tile: int32 [], which of them.
 
     Returns:
       float32 [B, crop_px, crop_px, 3] in [0, 1].
     """
     batch_size, height, width, _ = image.shape
-    boxes = central_boxes(batch_size, height, width, crop_scale)
-    return shades_of_gray(resample(image, jnp.asarray(boxes), crop_px), gray_norm)
+    box = jnp.asarray(tile_boxes(height, width, crop_scale, grid))[tile]
+    boxes = jnp.broadcast_to(box, (batch_size, 4))
+    return shades_of_gray(resample(image, boxes, crop_px), gray_norm)

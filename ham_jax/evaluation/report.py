@@ -598,7 +598,8 @@ def _provenance(numbers: Mapping[str, Any]) -> dict[str, str]:
         "step": "checkpoint, step",
         "weights": "weights",
         "tta": "views averaged",
-        "crop_scale": "central crop",
+        "tiles": "squares averaged",
+        "crop_scale": "side of a square",
         "records": "fingerprint of the records",
     }
     return {

@@ -97,8 +97,9 @@ def run(
 ) -> pd.DataFrame:
     """Evaluates the best checkpoint under each corruption and severity; writes robustness.csv.
 
-    Of several runs the mean of their probabilities is evaluated. There is one view, whatever the
-    run was evaluated with, unless `eval.tta` is set anew: it is 36 evaluations.
+    Of several runs the mean of their probabilities is evaluated. There is one view of one square,
+    whatever the run was evaluated with, unless `eval.tta` or `eval.tiles` is set anew: it is 36
+    evaluations.
 
     Args:
       workdirs: one training run, or the members of an ensemble.
@@ -110,13 +111,12 @@ def run(
     Returns:
       What robustness.csv holds, a row an evaluation, the clean one first (corruption 'none',
       severity 0): corruption, severity, balanced_accuracy, low and high of its 95 % bootstrap
-      interval over lesions, accuracy, macro_auc, n (images), split, tta.
+      interval over lesions, accuracy, macro_auc, n (images), split, tta (views of all squares).
 
     Raises:
       InputError: as `evaluate.run`.
     """
-    if not any(key == "eval.tta" for key, _ in overrides):
-        overrides = [*overrides, ("eval.tta", "1")]
+    overrides = [("eval.tta", "1"), ("eval.tiles", "1"), *overrides]
     ensemble, _, images = evaluate.restore_on(
         split, workdirs, overrides, mesh, output, "robustness"
     )
@@ -128,7 +128,7 @@ def run(
     for (name, severity), probabilities in _answers(ensemble, images):
         judged = Predictions.of(images[0], ensemble.classes, probabilities)
         row = _measured(name, severity, judged)
-        results.append(row | {"n": len(judged), "split": split, "tta": config.tta})
+        results.append(row | {"n": len(judged), "split": split, "tta": config.tta * config.tiles})
         correct.append(metrics.correct_answers(judged))
         if parallel.is_main():
             console.log_line(f"{name} {severity}: balanced accuracy {row['balanced_accuracy']:.3f}")

@@ -28,9 +28,11 @@ _CHECKSUM = "sha256"  # of the rest: a changed digit of a threshold would look l
 _SETTINGS = {
     "step": "step",
     "tta": "eval.tta",
+    "tiles": "eval.tiles",
     "crop_scale": "eval.crop_scale",
     "weights": "weights",
 }
+_EARLIER = {"tiles": 1}  # what files of versions without these settings were fitted on
 _TINY = np.finfo(float).eps  # what log loss counts a probability as at least
 
 
@@ -66,7 +68,7 @@ class Calibrator:
       classes: C of them.
       methods: {method: {'parameters': of `calibrate`, 'thresholds': {`malignant`: a number,
         `marginal`: a number, `class_conditional`: C numbers}}}.
-      fitted_on: split, step, tta, crop_scale, weights, records, num_images, num_lesions.
+      fitted_on: split, step, tta, tiles, crop_scale, weights, records, num_images, num_lesions.
     """
 
     classes: Classes
@@ -95,10 +97,11 @@ class Calibrator:
 
     def mismatch(self, provenance: Mapping[str, Any]) -> str:
         """Returns in which settings probabilities differ from those it was fitted on; else ''."""
+        now, then = _EARLIER | dict(provenance), _EARLIER | dict(self.fitted_on)
         return ", ".join(
-            f"{name} = {provenance.get(key)} (calibrated with {self.fitted_on.get(key)})"
+            f"{name} = {now.get(key)} (calibrated with {then.get(key)})"
             for key, name in _SETTINGS.items()
-            if provenance.get(key) != self.fitted_on.get(key)
+            if now.get(key) != then.get(key)
         )
 
     def write(self, workdir: Path) -> None:

@@ -77,6 +77,7 @@ def _train(
         "num_folds": num_folds,
         "folds": folds,
         "tta": config.eval.tta,
+        "tiles": config.eval.tiles,
         "records": records.fingerprint,
     }
     return evaluate.report(workdir, "crossval", provenance, judged, calibrated)

@@ -87,3 +87,13 @@ def test_forms_take_time():
     assert set(times) == {"forward", "input", "weight"}
     assert {"direct", "inside", "rows"} <= set(times["weight"])
     assert all(ms > 0 for of_part in times.values() for ms in of_part.values())
+
+
+def test_the_forms_of_the_crop_are_timed_and_compared(monkeypatch, capsys):
+    monkeypatch.setattr(speed, "_CROPS", (((30, 40), 16, 8),))
+    flags.FLAGS.mark_as_parsed()
+    with flagsaver.flagsaver(seconds=0.01, rounds=1):
+        (found,) = speed.crop()["rates"].values()
+    assert list(found) == ["products", "gathers", "turned"]
+    assert 0 < found["products"]["grey_levels_apart"] < 0.01
+    assert "grey levels apart" in capsys.readouterr().out

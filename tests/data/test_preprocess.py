@@ -25,6 +25,53 @@ def test_resample_is_pillows_bilinear_resize_of_a_box(size_px):
             np.testing.assert_allclose(got[..., channel] * 255, expected, atol=2e-2)
 
 
+def random_boxes(rng, number, height, width):
+    """Boxes from a pixel to the whole image; half of them touch edges, half are mirrored."""
+    size = rng.uniform([1, 1], [height, width], (number, 2))
+    start = rng.uniform(0, 1, (number, 2)) * ([height, width] - size)
+    start = np.where(rng.random((number, 2)) < 0.25, 0, start)
+    start = np.where(rng.random((number, 2)) < 0.25, [height, width] - size, start)
+    mirrored = rng.random((number, 2)) < 0.25
+    boxes = np.concatenate([start + mirrored * size, np.where(mirrored, -size, size)], 1)
+    return boxes.astype(np.float32)
+
+
+@pytest.mark.parametrize("size_px", [12, 80])
+def test_products_are_the_gathers(size_px):
+    rng = np.random.default_rng(size_px)
+    images = jnp.asarray(rng.integers(0, 256, (100, 36, 48, 3), np.uint8))
+    whole = np.array([[0, 0, 36, 48]], np.float32)
+    boxes = jnp.asarray(np.concatenate([whole, random_boxes(rng, 99, 36, 48)]))
+    gathers = preprocess.resample(images, boxes, size_px)
+    with preprocess.in_form("products"):
+        products = preprocess.resample(images, boxes, size_px)
+    assert not np.array_equal(products, gathers), "these are two forms"
+    four_ulp = 4 * np.spacing(np.float32(255))  # 6e-5 grey levels
+    np.testing.assert_allclose(products * 255, gathers * 255, rtol=0, atol=four_ulp)
+
+
+def test_the_form_follows_the_backend(monkeypatch):
+    def has_product():
+        given = (jnp.asarray(IMAGES), jnp.zeros((3, 4)) + 20)
+        text = str(jax.make_jaxpr(lambda *of: preprocess.resample(*of, 8))(*given))
+        return "dot_general" in text, "gather" in text
+
+    assert has_product() == (False, True)
+    with preprocess.in_form("products"):
+        assert has_product() == (True, False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert has_product() == (True, False)
+    with preprocess.in_form("gathers"):
+        assert has_product() == (False, True)
+
+
+def test_tiles_reach_the_edges_and_lie_evenly():
+    four = [[0, 0, 27, 27], [0, 21, 27, 27], [9, 0, 27, 27], [9, 21, 27, 27]]
+    np.testing.assert_array_equal(preprocess.tile_boxes(36, 48, 0.75, (2, 2)), four)
+    three = [[0, 0, 36, 36], [0, 6, 36, 36], [0, 12, 36, 36]]
+    np.testing.assert_array_equal(preprocess.tile_boxes(36, 48, 1.0, (1, 3)), three)
+
+
 def test_central_boxes_are_centred_squares():
     np.testing.assert_array_equal(preprocess.central_boxes(2, 36, 48, 0.5), [[9, 15, 18, 18]] * 2)
 

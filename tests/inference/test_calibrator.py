@@ -74,6 +74,12 @@ def test_settings_that_differ_are_named():
     assert fitted.mismatch({**ABOUT, "records": "other"}) == ""
     text = fitted.mismatch({**ABOUT, "tta": 8, "weights": "raw"})
     assert text == "eval.tta = 8 (calibrated with 1), weights = raw (calibrated with ema)"
+    assert fitted.mismatch({**ABOUT, "tiles": 6}) == "eval.tiles = 6 (calibrated with 1)"
+
+
+def test_a_file_of_before_there_were_tiles_was_fitted_on_one():
+    fitted = calibration.fit(draw(30), ABOUT)
+    assert fitted.mismatch({**ABOUT, "tiles": 1}) == ""
 
 
 def test_a_damaged_file_is_refused_with_the_way_out(tmp_path):
