@@ -12,6 +12,7 @@ _MODEL = _FLOOR | {"checkpoints", "data", "inference", "models"}
 BELOW = {
     "main": _MODEL | {"commands", "evaluation", "model", "training"},
     "commands": _MODEL | {"model"},
+    "export": _MODEL | {"model"},
     "training": _MODEL | {"evaluation", "model"},
     "evaluation": _MODEL | {"model"},
     "model": _MODEL,
@@ -44,6 +45,8 @@ ONLY_IN = {
     "matplotlib": ["evaluation/explain.py", "evaluation/figures.py", "evaluation/report.py"],
     "jinja2": ["evaluation/report.py"],
     "rich": ["console.py"],
+    "onnx": ["export/graph.py"],
+    "onnxruntime": ["export/onnx.py"],
     "tensorboardX": ["training/telemetry.py"],
 }
 

@@ -472,11 +472,13 @@ def _pool(kind: str, graph: _Graph, eqn: core.JaxprEqn, x: Tensor) -> Value:
     return _elementwise("Mul", graph, eqn, made, size)
 
 
-_ELEMENTWISE = {
-    **{"add": "Add", "add_any": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "pow": "Pow"},
-    **{"neg": "Neg", "abs": "Abs", "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "erf": "Erf"},
-    **{"floor": "Floor", "logistic": "Sigmoid", "tanh": "Tanh", "max": "Max", "min": "Min"},
-}
+_ELEMENTWISE = {  # most are called alike
+    name: name.capitalize()
+    for name in (
+        *("add", "sub", "mul", "div", "pow", "max", "min"),
+        *("neg", "abs", "exp", "log", "sqrt", "erf", "floor", "tanh"),
+    )
+} | {"add_any": "Add", "logistic": "Sigmoid"}
 _REDUCTIONS = {"reduce_sum": "ReduceSum", "reduce_max": "ReduceMax", "reduce_min": "ReduceMin"}
 
 Rule = Callable[..., Value]
@@ -510,7 +512,5 @@ _POINTWISE = {
     *(*_ELEMENTWISE, "integer_pow", "square", "rsqrt", "erfc", "convert_element_type", "clamp"),
     *("eq", "ne", "ge", "gt", "le", "lt", "and", "or", "not", "select_n"),
 }
-_INLINED = {
-    **{"jit": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"},
-}
+_INLINED = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 _SAME = ("optimization_barrier", "copy", "stop_gradient")

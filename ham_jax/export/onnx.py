@@ -103,10 +103,9 @@ def answer(path: Path, images: np.ndarray, metadata: np.ndarray | None = None) -
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    beside = {} if metadata is None else {"metadata": metadata}
-    parts = []
-    for start in range(0, len(images), _BATCH):
-        batch = slice(start, start + _BATCH)
-        given = {name: values[batch] for name, values in {"image": images, **beside}.items()}
-        parts.append(session.run(names, given))
-    return {name: np.concatenate(of) for name, of in zip(names, zip(*parts), strict=True)}
+    given = {"image": images} | ({} if metadata is None else {"metadata": metadata})
+    parts = [
+        session.run(names, {name: x[start : start + _BATCH] for name, x in given.items()})
+        for start in range(0, len(images), _BATCH)
+    ]
+    return {name: np.concatenate([part[at] for part in parts]) for at, name in enumerate(names)}

@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import export
+from jax import export, lax
 
+from ham_jax import config as configuration
 from ham_jax import models
 from ham_jax.data import preprocess
 from ham_jax.data.metadata import NUM_METADATA
@@ -60,6 +61,7 @@ class Program:
         section.dtype = "float32"  # on every backend
         num_metadata = NUM_METADATA if model.takes_metadata else 0
         self._network = models.build(section, len(model.classes), num_metadata)
+        self._num_averaged = model.config.eval.tiles * model.config.eval.tta
         self._weights = jax.tree.map(np.asarray, dict(model.variables))
 
     def __call__(self, image: jax.Array, metadata: jax.Array | None = None) -> Outputs:
@@ -70,33 +72,41 @@ class Program:
         features = self._network.features(*weights, jnp.concatenate(views))
         beside = None if metadata is None else jnp.concatenate([metadata] * len(views))
         shares = jax.nn.softmax(self._network.classify(*weights, features, beside))
-        raw = shares.reshape(len(views), -1, len(model.classes)).sum(0)
+        shares, features = (x.reshape(len(views), -1, x.shape[-1]) for x in (shares, features))
+        raw = lax.slice_in_dim(shares, len(views) - self._num_averaged, len(views)).sum(0)
         raw = raw / raw.sum(-1, keepdims=True)
-        of_views = features.reshape(len(views), -1, features.shape[-1])
-        upright = jax.lax.index_in_dim(of_views, 0, keepdims=False)
+        upright = lax.index_in_dim(features, 0, keepdims=False)
         said = {"probabilities": self._calibrated(raw), "raw": raw, "features": upright}
         if model.detector is not None:
             said["ood_score"] = _score(model.detector, upright)
         return said
 
     def _views(self, image: jax.Array) -> list[jax.Array]:
-        """Returns what the network sees, float32 [N, s, s, 3] each, the upright one first."""
-        config = self._model.config
+        """Returns what the network sees, float32 [N, s, s, 3] each, the central one upright first.
 
-        def view(one):
+        Where there are several tiles, that one is not among those whose answers are averaged.
+        """
+        config = self._model.config
+        grid = configuration.tile_grid(config)
+
+        def view(one, **tile):
+            settings = (config.augment.crop_px, config.eval.crop_scale)
             return preprocess.eval_view(
-                one[None],
-                config.augment.crop_px,
-                config.eval.crop_scale,
-                config.augment.shades_of_gray,
+                one[None], *settings, config.augment.shades_of_gray, **tile
             )[0]
 
         def turned(one, k):
             return preprocess.dihedral(one[None], jnp.int32(k))[0]
 
         # Image by image, the weights of the resampling are the same for all, and so constants.
-        upright = jax.vmap(view)(image)
-        return [jax.vmap(functools.partial(turned, k=k))(upright) for k in range(config.eval.tta)]
+        tiles = range(config.eval.tiles)
+        crops = [jax.vmap(functools.partial(view, grid=grid, tile=t))(image) for t in tiles]
+        views = [
+            jax.vmap(functools.partial(turned, k=k))(crop)
+            for crop in crops
+            for k in range(config.eval.tta)
+        ]
+        return views if len(tiles) == 1 else [jax.vmap(view)(image), *views]
 
     def _calibrated(self, raw: jax.Array) -> jax.Array:
         """See `calibrator.calibrate`."""

@@ -1,0 +1,56 @@
+"""python onnx_predict.py model.onnx PHOTOGRAPH ...: needs onnxruntime, pillow and numpy alone.
+
+Educational and research use; not a medical device.
+
+The canvas: the photograph upright and in RGB, turned a quarter where it is a portrait and the
+canvas is not; its largest centred part of the canvas's proportions, scaled with Pillow's bicubic
+filter. ham_jax also turns embedded colour profiles into sRGB, and decodes a JPEG of several times
+the canvas's size smaller, which changes no pixel by more than about a grey level.
+"""
+
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+
+def on_canvas(photograph, height, width):
+    image = ImageOps.exif_transpose(Image.open(photograph)).convert("RGB")
+    if (image.height - image.width) * (height - width) < 0:
+        image = image.transpose(Image.Transpose.ROTATE_90)
+    scale = max(height / image.height, width / image.width)
+    part = min(width / scale, image.width), min(height / scale, image.height)
+    left, top = (image.width - part[0]) / 2, (image.height - part[1]) / 2
+    box = (left, top, left + part[0], top + part[1])
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+
+def answers(model, photographs):
+    session = onnxruntime.InferenceSession(model)
+    said = session.get_modelmeta().custom_metadata_map
+    classes, malignant, canvas = (json.loads(said[n]) for n in ("classes", "malignant", "canvas"))
+    thresholds = json.loads(said.get("thresholds", "{}"))
+    for photograph in photographs:
+        inputs = {"image": on_canvas(photograph, *canvas)[None]}
+        if "metadata" in said:  # age, sex and site are unknown
+            inputs["metadata"] = np.array([json.loads(said["metadata"])["missing"]], np.float32)
+        names = [output.name for output in session.get_outputs()]
+        out = dict(zip(names, session.run(names, inputs), strict=True))
+        p = out["probabilities"][0]
+        answer = {"prediction": classes[p.argmax()], "probabilities": dict(zip(classes, p.tolist()))}
+        if thresholds:
+            answer["prediction_set"] = [
+                name for name, q, low in zip(classes, p, thresholds["class_conditional"]) if q >= low
+            ]
+            at_risk = sum(q for name, q in zip(classes, p) if name in malignant)
+            answer["flagged"] = bool(malignant) and bool(at_risk >= thresholds["malignant"])
+        if "ood_score" in out:
+            answer["unlike"] = bool(out["ood_score"][0] > 1)
+        yield answer
+
+
+if __name__ == "__main__":
+    for photograph, answer in zip(sys.argv[2:], answers(sys.argv[1], sys.argv[2:])):
+        print(json.dumps({"photograph": photograph, **answer}))
