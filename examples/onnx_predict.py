@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 
 
 def on_canvas(photograph, height, width):
+    """Returns uint8 [height, width, 3]."""
     image = ImageOps.exif_transpose(Image.open(photograph)).convert("RGB")
     if (image.height - image.width) * (height - width) < 0:
         image = image.transpose(Image.Transpose.ROTATE_90)
@@ -28,6 +29,7 @@ def on_canvas(photograph, height, width):
 
 
 def answers(model, photographs):
+    """Yields a dict a photograph."""
     session = onnxruntime.InferenceSession(model)
     said = session.get_modelmeta().custom_metadata_map
     classes, malignant, canvas = (json.loads(said[n]) for n in ("classes", "malignant", "canvas"))
@@ -38,19 +40,18 @@ def answers(model, photographs):
             inputs["metadata"] = np.array([json.loads(said["metadata"])["missing"]], np.float32)
         names = [output.name for output in session.get_outputs()]
         out = dict(zip(names, session.run(names, inputs), strict=True))
-        p = out["probabilities"][0]
-        answer = {"prediction": classes[p.argmax()], "probabilities": dict(zip(classes, p.tolist()))}
+        p = dict(zip(classes, out["probabilities"][0].tolist(), strict=True))
+        answer = {"prediction": max(p, key=p.get), "probabilities": p}
         if thresholds:
-            answer["prediction_set"] = [
-                name for name, q, low in zip(classes, p, thresholds["class_conditional"]) if q >= low
-            ]
-            at_risk = sum(q for name, q in zip(classes, p) if name in malignant)
-            answer["flagged"] = bool(malignant) and bool(at_risk >= thresholds["malignant"])
+            least = dict(zip(classes, thresholds["class_conditional"], strict=True))
+            answer["prediction_set"] = [name for name in classes if p[name] >= least[name]]
+            at_risk = sum(p[name] for name in malignant)
+            answer["flagged"] = bool(malignant) and at_risk >= thresholds["malignant"]
         if "ood_score" in out:
             answer["unlike"] = bool(out["ood_score"][0] > 1)
-        yield answer
+        yield {"photograph": str(photograph), **answer}
 
 
 if __name__ == "__main__":
-    for photograph, answer in zip(sys.argv[2:], answers(sys.argv[1], sys.argv[2:])):
-        print(json.dumps({"photograph": photograph, **answer}))
+    for answer in answers(sys.argv[1], sys.argv[2:]):
+        print(json.dumps(answer))

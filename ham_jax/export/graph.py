@@ -72,19 +72,19 @@ def model(
     """
     graph = _Graph()
     arguments = [
-        Tensor(name, var.aval.shape, tuple(range(var.aval.ndim)))
+        Tensor(name, _aval(var).shape, tuple(range(_aval(var).ndim)))
         for name, var in zip(inputs, traced.jaxpr.invars, strict=True)
     ]
     consts = [np.asarray(const) for const in traced.consts]
     results = graph.run(traced.jaxpr, consts, arguments)
     for name, result, var in zip(outputs, results, traced.jaxpr.outvars, strict=True):
-        stored = graph.whole(graph.tensor(result), var.aval.shape)
+        stored = graph.whole(graph.tensor(result), _aval(var).shape)
         graph.nodes.append(helper.make_node("Identity", [stored.name], [name]))
 
     def info(name, var):
-        shape = [dim if isinstance(dim, int) else batch for dim in var.aval.shape]
+        shape = [dim if isinstance(dim, int) else batch for dim in _aval(var).shape]
         return helper.make_tensor_value_info(
-            name, helper.np_dtype_to_tensor_dtype(np.dtype(var.aval.dtype)), shape
+            name, helper.np_dtype_to_tensor_dtype(np.dtype(_aval(var).dtype)), shape
         )
 
     nodes = _needed(graph.nodes, outputs)
@@ -110,6 +110,11 @@ def _needed(nodes: Sequence[onnx.NodeProto], outputs: Sequence[str]) -> list[onn
     return kept[::-1]
 
 
+def _aval(var: Any) -> Any:
+    """Returns what is known of a variable: shape and dtype, which its declared type lacks."""
+    return var.aval
+
+
 class _Graph:
     """The nodes and constants of a graph in the making."""
 
@@ -127,7 +132,7 @@ class _Graph:
 
         def value(var) -> Value:
             if isinstance(var, core.Literal):
-                return np.asarray(var.val, var.aval.dtype)
+                return np.asarray(var.val, _aval(var).dtype)
             return known[var]
 
         for eqn in jaxpr.eqns:
@@ -196,7 +201,7 @@ def _computed(eqn: core.JaxprEqn, operands: list[Any]) -> list[Value]:
     if eqn.primitive.name in _POINTWISE:  # shapes need to agree, and none need be the final one
         operands = np.broadcast_arrays(*operands)
     else:
-        shapes = [var.aval.shape for var in eqn.invars]
+        shapes = [_aval(var).shape for var in eqn.invars]
         if not all(isinstance(dim, int) for shape in shapes for dim in shape):
             raise UntranslatableError(f"{eqn.primitive.name} of a constant as long as the batch")
         operands = [np.broadcast_to(*pair) for pair in zip(operands, shapes, strict=True)]
@@ -261,18 +266,18 @@ def _composed(
     graph: _Graph, eqn: core.JaxprEqn, *operands: Value, of: Callable[..., jax.Array]
 ) -> Value:
     """Adds what a primitive is made of, written in other primitives."""
-    specs = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in eqn.invars]
+    specs = [jax.ShapeDtypeStruct(_aval(var).shape, _aval(var).dtype) for var in eqn.invars]
     traced = jax.make_jaxpr(functools.partial(of, **eqn.params))(*specs)
     return graph.run(traced.jaxpr, [np.asarray(c) for c in traced.consts], operands)[0]
 
 
 def _power(graph: _Graph, eqn: core.JaxprEqn, x: Tensor) -> Value:
-    exponent = np.asarray(eqn.params["y"], eqn.invars[0].aval.dtype)
+    exponent = np.asarray(eqn.params["y"], _aval(eqn.invars[0]).dtype)
     return _elementwise("Pow", graph, eqn, x, exponent)
 
 
 def _cast(graph: _Graph, eqn: core.JaxprEqn, x: Tensor) -> Value:
-    if eqn.invars[0].aval.dtype == (dtype := np.dtype(eqn.params["new_dtype"])):
+    if _aval(eqn.invars[0]).dtype == (dtype := np.dtype(eqn.params["new_dtype"])):
         return x
     to = helper.np_dtype_to_tensor_dtype(dtype)
     return dataclasses.replace(x, name=graph.node("Cast", [x.name], to=to))
@@ -318,7 +323,7 @@ def _squeeze(graph: _Graph, eqn: core.JaxprEqn, x: Tensor) -> Value:
 
 
 def _reshape(graph: _Graph, eqn: core.JaxprEqn, x: Tensor) -> Value:
-    before, after = eqn.invars[0].aval.shape, eqn.params["new_sizes"]
+    before, after = _aval(eqn.invars[0]).shape, eqn.params["new_sizes"]
     if before == after:
         return x
     if sum(not isinstance(dim, int) for dim in after) > 1:
@@ -330,8 +335,8 @@ def _reshape(graph: _Graph, eqn: core.JaxprEqn, x: Tensor) -> Value:
 
 def _reduce(kind: str, graph: _Graph, eqn: core.JaxprEqn, x: Tensor) -> Value:
     axes = eqn.params["axes"]
-    if any(x.shape[axis] != eqn.invars[0].aval.shape[axis] for axis in axes):
-        x = graph.whole(x, eqn.invars[0].aval.shape)
+    if any(x.shape[axis] != _aval(eqn.invars[0]).shape[axis] for axis in axes):
+        x = graph.whole(x, _aval(eqn.invars[0]).shape)
     at = graph.constant(np.array(sorted(x.stored_at(axis) for axis in axes), np.int64))
     kept = [axis for axis in range(len(x.shape)) if axis not in axes]
     order = tuple(kept.index(axis) for axis in x.order if axis in kept)
@@ -342,7 +347,7 @@ def _reduce(kind: str, graph: _Graph, eqn: core.JaxprEqn, x: Tensor) -> Value:
 def _slice(graph: _Graph, eqn: core.JaxprEqn, x: Tensor) -> Value:
     starts, stops = eqn.params["start_indices"], eqn.params["limit_indices"]
     steps = eqn.params["strides"] or (1,) * len(starts)
-    whole = eqn.invars[0].aval.shape
+    whole = _aval(eqn.invars[0]).shape
     cut = [a for a in range(len(whole)) if (starts[a], stops[a], steps[a]) != (0, whole[a], 1)]
     if not cut:
         return x
@@ -366,7 +371,7 @@ def _sliced(
     )
     at = graph.constant(np.array([x.stored_at(axis) for axis in axes], np.int64))
     name = graph.node("Slice", [x.name, starts, stops, at, steps])
-    shape = [eqn.outvars[0].aval.shape[a] if a in axes else d for a, d in enumerate(x.shape)]
+    shape = [_aval(eqn.outvars[0]).shape[a] if a in axes else d for a, d in enumerate(x.shape)]
     return Tensor(name, tuple(shape), x.order)
 
 
@@ -375,11 +380,11 @@ def _concatenate(graph: _Graph, eqn: core.JaxprEqn, *parts: Value) -> Value:
     order = next(part.order for part in parts if isinstance(part, Tensor))
     names = []
     for part, var in zip(parts, eqn.invars, strict=True):
-        if part.shape != var.aval.shape:
-            part = graph.whole(part, var.aval.shape)
+        if part.shape != _aval(var).shape:
+            part = graph.whole(part, _aval(var).shape)
         names.append(graph.ordered(part, order).name)
     name = graph.node("Concat", names, axis=order.index(axis))
-    return Tensor(name, eqn.outvars[0].aval.shape, order)
+    return Tensor(name, _aval(eqn.outvars[0]).shape, order)
 
 
 def _product(graph: _Graph, eqn: core.JaxprEqn, x: Value, y: Value) -> Value:
@@ -424,15 +429,15 @@ _CHANNELS_FIRST = (0, 3, 1, 2)  # how ONNX wants what JAX has as [B, H, W, C]
 
 
 def _conv(graph: _Graph, eqn: core.JaxprEqn, x: Value, kernel: Value) -> Value:
-    params, rank = eqn.params, len(eqn.invars[0].aval.shape)
+    params, rank = eqn.params, len(_aval(eqn.invars[0]).shape)
     layout = params["dimension_numbers"]
     is_plain = (
-        isinstance(kernel, np.ndarray)
+        rank == 4
         and layout.lhs_spec == layout.out_spec == _CHANNELS_FIRST
         and set(params["lhs_dilation"]) == {1}
         and params["batch_group_count"] == 1
     )
-    if rank != 4 or not is_plain:
+    if not (is_plain and isinstance(kernel, np.ndarray)):
         raise UntranslatableError("a convolution that is none of images with a constant kernel")
     image = graph.ordered(x, _CHANNELS_FIRST)
     weights = kernel.transpose(layout.rhs_spec)
@@ -446,7 +451,7 @@ def _conv(graph: _Graph, eqn: core.JaxprEqn, x: Value, kernel: Value) -> Value:
         dilations=params["rhs_dilation"],
         group=params["feature_group_count"],
     )
-    return Tensor(name, eqn.outvars[0].aval.shape, _CHANNELS_FIRST)
+    return Tensor(name, _aval(eqn.outvars[0]).shape, _CHANNELS_FIRST)
 
 
 def _pool(kind: str, graph: _Graph, eqn: core.JaxprEqn, x: Tensor) -> Value:
@@ -465,10 +470,10 @@ def _pool(kind: str, graph: _Graph, eqn: core.JaxprEqn, x: Tensor) -> Value:
         pads=[top, left, bottom, right],
         **attributes,
     )
-    made = Tensor(name, eqn.outvars[0].aval.shape, _CHANNELS_FIRST)
+    made = Tensor(name, _aval(eqn.outvars[0]).shape, _CHANNELS_FIRST)
     if kind == "MaxPool":
         return made
-    size = np.asarray(math.prod(window), eqn.invars[0].aval.dtype)  # JAX's is a sum
+    size = np.asarray(math.prod(window), _aval(eqn.invars[0]).dtype)  # JAX's is a sum
     return _elementwise("Mul", graph, eqn, made, size)
 
 
@@ -490,9 +495,9 @@ _RULES: Mapping[str, Rule] = {
     "min": functools.partial(_bounded, "Min"),
     "clamp": _clamp,
     "integer_pow": _power,
-    "square": functools.partial(_composed, of=lambda x: x * x),
-    "rsqrt": functools.partial(_composed, of=lambda x, accuracy: 1 / jnp.sqrt(x)),
-    "erfc": functools.partial(_composed, of=lambda x: 1 - jax.lax.erf(x)),
+    "square": functools.partial(_composed, of=lambda x, **_: x * x),
+    "rsqrt": functools.partial(_composed, of=lambda x, **_: 1 / jnp.sqrt(x)),
+    "erfc": functools.partial(_composed, of=lambda x, **_: 1 - jax.lax.erf(x)),
     "convert_element_type": _cast,
     "select_n": _select,
     "transpose": _transpose,

@@ -124,17 +124,16 @@ def calibrate(parameters: Mapping[str, Any], method: str, raw: jax.Array) -> jax
         logits = jnp.log(jnp.maximum(raw, np.finfo(float).eps))
         return jax.nn.softmax(logits / parameters["temperature"])
     lines = zip(parameters["x"], parameters["y"], strict=True)
-    columns = [_line(raw[:, label], *line) for label, line in enumerate(lines)]
-    columns = jnp.stack(columns, -1)
+    columns = [_line(lax.index_in_dim(raw, label, 1), *line) for label, line in enumerate(lines)]
+    columns = jnp.concatenate(columns, -1)
     return columns / columns.sum(-1, keepdims=True)
 
 
 def _line(p: jax.Array, x: list[float], y: list[float]) -> jax.Array:
-    """Returns `np.interp(p, x, y)`: a sum of ramps, one between two points each; p is [N]."""
-    x, y = np.array(x), np.array(y)
-    width = np.maximum(np.diff(x), np.finfo(np.float32).tiny)
-    risen = jnp.clip((p[:, None] - x[:-1].astype(np.float32)) / width.astype(np.float32), 0, 1)
-    return y[0] + (risen * np.diff(y).astype(np.float32)).sum(-1)
+    """Returns `np.interp(p, x, y)`: a sum of ramps, one between two points each; p is [N, 1]."""
+    starts, steps = np.array(x[:-1], np.float32), np.diff(y).astype(np.float32)
+    widths = np.maximum(np.diff(x), np.finfo(np.float32).tiny).astype(np.float32)
+    return y[0] + (jnp.clip((p - starts) / widths, 0, 1) * steps).sum(-1, keepdims=True)
 
 
 def _score(detector: Detector, features: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ def write(model: Model, path: Path) -> None:
     call = jax.jit(program.Program(model).__call__)
     with program.portable():
         exported = export.export(call, platforms=_PLATFORMS)(*program.arguments(model).values())
-    files.write_bytes(path, exported.serialize())
+    files.write_bytes(path, bytes(exported.serialize()))
 
 
 def answer(path: Path, images: np.ndarray, metadata: np.ndarray | None = None) -> program.Outputs:

@@ -54,9 +54,7 @@ def small_model(monkeypatch, tmp_path):
             name: {"parameters": parameters, "thresholds": _THRESHOLDS}
             for name, parameters in _PARAMETERS.items()
         }
-        variables = parallel.replicate(
-            made.forward.mesh, {"params": params, "batch_stats": stats}
-        )
+        variables = parallel.replicate(made.forward.mesh, {"params": params, "batch_stats": stats})
         return made.replace(
             variables=variables, calibrator=Calibrator(CLASSES, methods), detector=detector
         )
