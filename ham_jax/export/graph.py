@@ -199,7 +199,7 @@ class _Graph:
 def _computed(eqn: core.JaxprEqn, operands: list[Any]) -> list[Value]:
     """Computes what depends on no input."""
     if eqn.primitive.name in _POINTWISE:  # shapes need to agree, and none need be the final one
-        operands = np.broadcast_arrays(*operands)
+        operands = list(np.broadcast_arrays(*operands))
     else:
         shapes = [_aval(var).shape for var in eqn.invars]
         if not all(isinstance(dim, int) for shape in shapes for dim in shape):
@@ -254,12 +254,11 @@ def _bounded(kind: str, graph: _Graph, eqn: core.JaxprEqn, x: Value, y: Value) -
 
 
 def _clamp(graph: _Graph, eqn: core.JaxprEqn, low: Value, x: Value, high: Value) -> Value:
-    limits = [_scalar(low), _scalar(high)]
-    if not isinstance(x, Tensor) or limits[0] is None or limits[1] is None:
+    least, most = _scalar(low), _scalar(high)
+    if not isinstance(x, Tensor) or least is None or most is None:
         raise UntranslatableError("a clamp by what is no number")
-    return dataclasses.replace(
-        x, name=graph.node("Clip", [x.name, *(graph.constant(limit) for limit in limits)])
-    )
+    name = graph.node("Clip", [x.name, graph.constant(least), graph.constant(most)])
+    return dataclasses.replace(x, name=name)
 
 
 def _composed(

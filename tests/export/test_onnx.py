@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -49,21 +50,15 @@ def test_the_file_says_what_the_model_says(settings, small_model, tmp_path, onnx
     table = [{"age": 50, "sex": "male"}, {}, {"localization": "ear"}]
     for num in (1, 3):
         images = IMAGES[:num]
-        codes = np.concatenate([onnx_file.codes.encode(model_table([row])) for row in table[:num]])
-        said = onnx_file.answer(path, images, codes if model.takes_metadata else None)
+        codes = model.encode(pd.DataFrame(table[:num]))
+        said = onnx_file.answer(path, images, codes)
         ours = model.predict(images, table[:num])
         assert np.ptp(ours.probabilities) > 0.1
         np.testing.assert_allclose(said["probabilities"], ours.probabilities, atol=1e-5)
-        raw = model.probabilities(images, codes if model.takes_metadata else None)
+        raw = model.probabilities(images, codes)
         np.testing.assert_allclose(said["raw"], raw, atol=1e-5)
         np.testing.assert_allclose(said["features"], model.features(images), rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(said["ood_score"], ours.ood_scores, rtol=1e-4)
-
-
-def model_table(rows):
-    import pandas as pd
-
-    return pd.DataFrame(rows, index=range(len(rows)))
 
 
 def test_maps_stay_as_convolutions_want_them(small_model, tmp_path, onnx):
