@@ -52,6 +52,8 @@ ONLY_IN = {
     "uvicorn": ["commands/serve.py"],
     "markdown_it": ["commands/service.py"],
     "rich": ["console.py"],
+    "onnx": ["export/graph.py"],
+    "onnxruntime": ["export/onnx.py"],
     "tensorboardX": ["training/telemetry.py"],
 }
 

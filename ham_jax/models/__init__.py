@@ -84,6 +84,8 @@ class Network:
       class_maps: (params, batch_stats, image, classes int [B], metadata=None) -> (map, gradient),
         float32 [B, h, w, K] each: the backbone's last map, whose average over all places becomes
         the features, and the derivative of the logit of each image's class with respect to it.
+      classify: (params, batch_stats, features, metadata=None) -> logits float32 [B, C]: what is
+        left of `apply` in evaluation after `features`.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Network:
     apply: Callable[..., tuple[jax.Array, Tree]]
     features: Callable[[Tree, Tree, jax.Array], jax.Array]
     class_maps: Callable[..., tuple[jax.Array, jax.Array]]
+    classify: Callable[..., jax.Array]
 
 
 def build(config: ml_collections.ConfigDict, num_classes: int, num_metadata: int = 0) -> Network:
@@ -119,7 +122,12 @@ def build(config: ml_collections.ConfigDict, num_classes: int, num_metadata: int
     random = config.dropout > 0 or config.drop_path > 0
     functions = _Functions(make, random, num_metadata)
     return Network(
-        config.name, functions.init, functions.apply, functions.features, functions.class_maps
+        config.name,
+        functions.init,
+        functions.apply,
+        functions.features,
+        functions.class_maps,
+        functions.classify,
     )
 
 
@@ -182,6 +190,16 @@ class _Functions:
     def features(self, params: Tree, batch_stats: Tree, image: jax.Array) -> jax.Array:
         net = self._module(params, batch_stats)
         return net.backbone(net.normalize(image))
+
+    def classify(
+        self,
+        params: Tree,
+        batch_stats: Tree,
+        features: jax.Array,
+        metadata: jax.Array | None = None,
+    ) -> jax.Array:
+        self._check(metadata)
+        return self._module(params, batch_stats).classify(features, metadata)
 
     def class_maps(
         self,

@@ -75,7 +75,11 @@ class Classifier(nnx.Module):
 
         `rngs` has the stream `dropout`; only training with dropout or stochastic depth needs it.
         """
-        x = self.dropout(self.backbone(self.normalize(image), rngs), rngs=rngs)
+        features = self.backbone(self.normalize(image), rngs)
+        return self.classify(self.dropout(features, rngs=rngs), metadata)
+
+    def classify(self, features: jax.Array, metadata: jax.Array | None = None) -> jax.Array:
+        """Features [B, F] and metadata [B, M] -> logits float32 [B, C]."""
         if self.fusion is not None and metadata is not None:
-            x = jnp.concatenate([x, self.fusion(metadata)], -1)
-        return self.head(x)
+            features = jnp.concatenate([features, self.fusion(metadata)], -1)
+        return self.head(features)

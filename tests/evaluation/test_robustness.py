@@ -30,7 +30,7 @@ def by_color(model_config, num_classes, num_metadata):
 
     kernel = np.random.default_rng(0).normal(0, 1, (6, num_classes)).astype(np.float32)
     params = {"head": {"kernel": kernel}}
-    return models.Network("by_color", lambda seed: (params, {}), apply, features, None)
+    return models.Network("by_color", lambda seed: (params, {}), apply, features, None, None)
 
 
 @pytest.fixture(scope="module")

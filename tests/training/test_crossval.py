@@ -49,7 +49,7 @@ def linear(model_config, num_classes, num_metadata):
 
     kernel = np.random.default_rng(0).normal(0, 10, (2, num_classes))
     params = {"head": {"kernel": jnp.asarray(kernel, jnp.float32)}}
-    return models.Network("linear", lambda seed: (params, {}), apply, features, None)
+    return models.Network("linear", lambda seed: (params, {}), apply, features, None, None)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -155,7 +155,7 @@ def linear(config, num_classes, num_metadata=0):
     def features(params, batch_stats, image):
         return image.mean((1, 2))
 
-    return models.Network("linear", lambda seed: (params, {}), apply, features, None)
+    return models.Network("linear", lambda seed: (params, {}), apply, features, None, None)
 
 
 @pytest.mark.parametrize("with_metadata", [False, True])

@@ -38,7 +38,9 @@ def network_of(logits):
     def apply(params, batch_stats, image, train, key=None, metadata=None):
         return logits(params["kernel"], image, key, metadata), batch_stats
 
-    return models.Network("small", lambda seed: ({"kernel": jnp.ones(())}, {}), apply, None, None)
+    return models.Network(
+        "small", lambda seed: ({"kernel": jnp.ones(())}, {}), apply, None, None, None
+    )
 
 
 def test_what_is_frozen_is_no_part_of_the_gradient():
@@ -46,7 +48,7 @@ def test_what_is_frozen_is_no_part_of_the_gradient():
         return jnp.arange(7.0) * params["frozen"] * params["trained"] + 0 * image[:, :7, 0, 0], {}
 
     weights = {"frozen": jnp.full((), 2.0), "trained": jnp.ones(())}
-    network = models.Network("two", lambda seed: (weights, {}), apply, None, None)
+    network = models.Network("two", lambda seed: (weights, {}), apply, None, None, None)
     norms = []
     for freeze in ((), ("frozen",)):
         start, take = taker(network, freeze)

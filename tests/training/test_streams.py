@@ -49,7 +49,9 @@ def test_dropout_draws_from_the_stream_of_the_model():
         jax.debug.callback(lambda bits: drawn.append(int(bits)), jax.random.bits(key))
         return params["kernel"] * jnp.ones((len(image), 7)), batch_stats
 
-    network = models.Network("one", lambda seed: ({"kernel": jnp.ones(())}, {}), apply, None, None)
+    network = models.Network(
+        "one", lambda seed: ({"kernel": jnp.ones(())}, {}), apply, None, None, None
+    )
     c = config.base()
     c.seed, c.augment.crop_px = 7, 16
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
