@@ -206,6 +206,19 @@ def test_a_full_disk_is_noticed_before_the_work(tmp_path, monkeypatch):
         prepare(raw, tmp_path / "out")
 
 
+def test_without_tfds_records_are_read_and_a_sentence_says_how_to_make_them(
+    prepared, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    monkeypatch.delitem(sys.modules, "ham_jax.data.builder")
+    monkeypatch.delattr("ham_jax.data.builder")
+    assert prepare(tmp_path / "raw", tmp_path / "out") == prepared
+    assert open_records(prepared).read(np.arange(7)).any()
+    with pytest.raises(InputError, match=r"package tensorflow_datasets, .* 'ham-jax\[train\]'"):
+        prepare(tmp_path / "raw", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_several_processes_prepare_once_and_without_tensorflow(tmp_path):
     raw = kaggle(tmp_path / "raw")
     program = textwrap.dedent(
