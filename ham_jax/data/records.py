@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -145,7 +146,7 @@ def prepare(
     folder = prepared_dir / _NAME / name / _VERSION
     if folder.is_dir():
         return folder
-    builder = _builder(raw_dir)
+    builder = import_builder(raw_dir)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -171,8 +172,8 @@ def prepare(
     return folder
 
 
-def _builder(raw_dir: Path):
-    """Returns the room that writes records.
+def import_builder(raw_dir: str | os.PathLike) -> ModuleType:
+    """Returns `data.builder`, which writes records of a raw folder.
 
     Raises:
       InputError: TFDS is not installed.

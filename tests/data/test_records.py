@@ -21,10 +21,11 @@ import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ham_jax import console
+from ham_jax import config, console
 from ham_jax.classes import HAM10000, Classes
 from ham_jax.config import InputError
 from ham_jax.data import image, layouts, records
+from ham_jax.data import prepare as preparation
 from ham_jax.data.records import open_records
 
 attacks = runpy.run_path(str(Path(__file__).parents[1] / "attacks.py"))
@@ -216,7 +217,11 @@ def test_without_tfds_records_are_read_and_a_sentence_says_how_to_make_them(
     assert open_records(prepared).read(np.arange(7)).any()
     with pytest.raises(InputError, match=r"package tensorflow_datasets, .* 'ham-jax\[train\]'"):
         prepare(tmp_path / "raw", tmp_path / "new")
-    assert not (tmp_path / "new").exists()
+    c = config.base()
+    c.data.dir, c.data.synthetic_images = str(tmp_path / "drawn"), 100
+    with pytest.raises(InputError, match="package tensorflow_datasets"):
+        preparation.prepare(c)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "raw"]
 
 
 def test_several_processes_prepare_once_and_without_tensorflow(tmp_path):
