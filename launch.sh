@@ -9,6 +9,9 @@
 #   ./launch.sh --help                     this text; once all is installed, modes, flags and keys
 #   ./launch.sh --mode=MODE --help         what a mode does, its flags and keys
 #
+# Modes that train get requirements.txt installed; the others requirements-predict.txt, which is
+# all but TensorFlow and TFDS. What is there already stays.
+#
 # A run that ends with 75 (it was preempted, and saved itself) is started again, unless it is one of
 # several that were started elsewhere (Slurm, mpirun, Kubernetes, a TPU pod): whoever started them
 # must start all of them again. SIGTERM and Ctrl-C are passed on, and so is a closed terminal; then
@@ -69,19 +72,31 @@ has_tpu() {  # by PCI device number, as JAX looks; Google's network cards have o
     xargs grep -qsxE "$ids" /dev/null || [ -n "${TPU_WORKER_HOSTNAMES:-}${TPU_PROCESS_ADDRESSES:-}" ]
 }
 
-is_installed() {  # is_installed NAMES
-  local name
-  for name in "$@"; do
-    [ "$(cat "$venv/.installed-$name" 2>/dev/null)" = "$wanted" ] || return
-  done
-}
+is_installed() { [ "$(cat "$venv/.installed-$1" 2>/dev/null)" = "$wanted" ]; }
 
-install() {  # install NAME REQUIREMENTS: with pip, once, again when they change or pip failed
+install() {  # install NAME: with pip, once, again when requirements change or pip failed
+  local file holds name
+  case $1 in
+    predict) file=requirements-predict.txt holds=predict ;;
+    ham_jax) file=requirements.txt holds="predict ham_jax" ;;
+    tests) file=requirements-test.txt holds="predict ham_jax tests" ;;
+  esac
   if is_installed "$1"; then return; fi
   say "installing $1 into $venv${extra:+ for $extra} (once; some minutes)"
   as_child "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-    ${extra:+"jax[$extra]>=0.10.2,<0.13"} -r "$root/$2" || fail "the installation failed; see above."
-  echo "$wanted" > "$venv/.installed-$1"
+    ${extra:+"jax[$extra]>=0.10.2,<0.13"} -r "$root/$file" || fail "the installation failed; see above."
+  for name in $holds; do echo "$wanted" > "$venv/.installed-$name"; done
+}
+
+needs() {  # needs FLAGS: what they need, predict or ham_jax
+  local word before='' mode=train
+  case ${1:-} in [a-z]*) mode=$1 ;; esac
+  for word in "$@"; do
+    case $before in --mode | -mode) mode=$word ;; esac
+    case $word in --mode=* | -mode=*) mode=${word#*=} ;; esac
+    before=$word
+  done
+  case $mode in train | crossval | prepare) echo ham_jax ;; *) echo predict ;; esac
 }
 
 lock() {  # for one installation at a time: Slurm tasks share the folder
@@ -110,12 +125,11 @@ unlock() {
   keeper=
 }
 
-set_up() {
-  local names=(ham_jax) python
-  if [ "${1:-}" = test ]; then names+=(tests); fi
+set_up() {  # set_up NAME: predict, ham_jax, which adds training, or tests, which add tests
+  local python
   extra=$(accelerator)
   wanted=$({ cat "$root"/requirements*.txt; echo "$extra"; } | cksum)
-  if runs "$venv/bin/python" && is_installed "${names[@]}"; then return; fi
+  if runs "$venv/bin/python" && is_installed "$1"; then return; fi
   case $venv in *:*) fail "Python makes no environment in $venv, because of the colon." ;; esac
   if ! mkdir -p "$venv" || ! [ -w "$venv" ]; then
     fail "$venv cannot be written; HAM_JAX_VENV may name another folder."
@@ -125,7 +139,7 @@ set_up() {
   trap unlock EXIT
   lock
   if ! runs "$venv/bin/python" ||
-      { ! [ -f "$venv/.installed-ham_jax" ] && ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; }
+      { ! [ -f "$venv/.installed-predict" ] && ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; }
   then  # there is none, its Python is gone, or making it was broken off
     python=$(find_python)
     say "making $venv with $("$python" --version)"
@@ -133,8 +147,7 @@ set_up() {
     as_child "$python" -m venv "$venv" ||
       fail "this Python cannot make environments (Debian: apt install python3-venv)."
   fi
-  install ham_jax requirements.txt
-  if [ "${1:-}" = test ]; then install tests requirements-test.txt; fi
+  install "$1"
   unlock
   trap - TERM HUP INT EXIT
 }
@@ -306,11 +319,11 @@ demonstrate() {
 case "${1:-}" in
   --help | -h)
     sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"
-    if [ -f "$venv/.installed-ham_jax" ]; then echo; main --help; fi
+    if [ -f "$venv/.installed-predict" ]; then echo; main --help; fi
     ;;
   test)
     shift
-    set_up test
+    set_up tests
     cd "$root"
     "$venv/bin/ruff" check .
     "$venv/bin/ruff" format --check .
@@ -320,18 +333,18 @@ case "${1:-}" in
     JAX_PLATFORMS=cpu exec "$venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
     ;;
   "")
-    set_up
+    set_up ham_jax
     cd "$root"
     demonstrate
     ;;
   --processes | --processes=*)
     if [ "$1" = --processes ]; then count=${2:-}; shift 2 || true; else count=${1#*=}; shift; fi
     [[ "$count" =~ ^[1-9][0-9]*$ ]] || fail "--processes needs a number, such as --processes 2."
-    set_up
+    set_up "$(needs "$@")"
     keep_running run_many "$count" "$@"
     ;;
   *)
-    set_up
+    set_up "$(needs "$@")"
     keep_running run_one "$@"
     ;;
 esac

@@ -325,18 +325,33 @@ def fine_tune(c: ml_collections.ConfigDict, source: str) -> None:
 def load(flag: str) -> ml_collections.ConfigDict:
     """Returns what `get_config` of a file returns; `file.py:x` calls `get_config("x")`.
 
+    Those that come with ham_jax, such as resnet.py, are found from any folder.
+
     Raises:
       InputError: no such file, or no such function in it.
     """
     file, argument = split_flag(flag)
-    if not Path(file).is_file():
-        raise InputError(f"--config={flag}: there is no file {file} in {Path.cwd()}.")
-    get_config = runpy.run_path(file).get("get_config")
+    path = Path(file)
+    if not path.is_file() and path.parent in (Path(), Path("configs")):
+        path = configs_folder() / path.name
+    if not path.is_file():
+        own = ", ".join(sorted(own.name for own in configs_folder().glob("*.py")))
+        raise InputError(
+            f"--config={flag}: there is no file {file} in {Path.cwd()}, and it is none of {own},"
+            " which come with ham_jax."
+        )
+    get_config = runpy.run_path(str(path)).get("get_config")
     if get_config is None:
         raise InputError(f"--config={flag}: {file} has no function get_config().")
     if argument and not inspect.signature(get_config).parameters:
         raise InputError(f"--config={flag}: {file} has no variants; leave out {':' + argument!r}.")
     return get_config(argument) if argument else get_config()
+
+
+def configs_folder() -> Path:
+    """Returns the folder of the configurations that come with ham_jax; setup.py puts it there."""
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
 
 
 def split_flag(flag: str) -> tuple[str, str]:

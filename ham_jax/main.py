@@ -1,6 +1,7 @@
 """Flags, the table of modes, `--help` and the order of start-up.
 
 `python -m ham_jax.main --help` lists modes, flags and keys; `--mode=MODE --help` explains a mode.
+`ham-jax MODE`, which `pip install .` gives, is the same as `python -m ham_jax.main --mode=MODE`.
 A new mode is an entry of `MODES` and the module that does its work.
 """
 
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 import ml_collections
 from absl import app, flags, logging
 
-from ham_jax import DISCLAIMER, escape, files, hub
+from ham_jax import DISCLAIMER, __version__, escape, files, hub
 from ham_jax import config as configuration
 from ham_jax.config import InputError
 
@@ -273,7 +274,8 @@ MODES = {
 _MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
 flags.DEFINE_enum("split", "val", ["val", "test", "train"], "The split to look at.")
 _FLAG_DOCS = {
-    "config": "A file in configs/; a variant may follow, as in configs/resnet.py:50.",
+    "config": "A file, or one of configs/ from any folder; a variant may follow, as in"
+    " configs/resnet.py:50.",
     "workdir": "The folder of a run, or an exported one, or hf:USER/NAME. Default: runs/<name of"
     " the config file>.",
     "images": "Photographs: a file, a folder, a glob, or a CSV with a column path, image_id or"
@@ -326,7 +328,11 @@ def main(argv: list[str]) -> None:
     if "predictions" in mode.needs:  # `--predictions A.csv B.csv`, as a person would write it
         call.predictions.extend(words)
         words = []
-    faults += [f"{word!r}: every argument must be a --flag." for word in words]
+    faults += [
+        f"{word!r}: every argument must be a --flag, but for the mode as the first one."
+        f"{configuration.nearest(word, MODES)}"
+        for word in words
+    ]
     faults += _flag_faults(mode, call)
     if not mode.trains:
         faults += _override_faults(mode, call)
@@ -506,8 +512,9 @@ def help_of_all() -> str:
         [
             "Trains, evaluates and uses classifiers of skin lesions.",
             DISCLAIMER,
-            *("", "python -m ham_jax.main --mode=MODE [flags]"),
-            "python -m ham_jax.main --mode=MODE --help       explains one mode",
+            *("", "ham-jax MODE [flags]      or python -m ham_jax.main --mode=MODE [flags]"),
+            "ham-jax MODE --help       explains one mode",
+            "ham-jax --version         prints the version",
             *("", "Modes:", _listed(modes)),
             *("", "Flags:", _listed(docs)),
             *("", "Keys and their defaults:", configuration.in_words(configuration.KEYS)),
@@ -564,13 +571,24 @@ def _listed(docs: dict[str, str]) -> str:
 def run() -> None:
     """Entry point: what a person can mend ends as its sentences, not as a traceback.
 
-    Bad input ends with exit code 2, a disk or file system that fails with 1.
+    Bad input ends with exit code 2, and so does a package that is not installed; a disk or file
+    system that fails ends with 1.
     """
     try:
         app.run(main, flags_parser=_parse)
     except InputError as error:
         faults = [f"ham_jax: {escape.lines(fault)}" for fault in error.faults]
         print("\n".join(faults), file=sys.stderr)
+        _leave(_BAD_INPUT)
+    except ModuleNotFoundError as error:
+        if (error.name or "ham_jax").startswith("ham_jax"):
+            raise
+        print(
+            f"ham_jax: --mode={_MODE.value} needs the package {error.name}, which is not installed."
+            " All that training needs comes with pip install 'ham-jax[train]', in a clone with"
+            " pip install -r requirements.txt.",
+            file=sys.stderr,
+        )
         _leave(_BAD_INPUT)
     except BrokenPipeError:  # nobody reads the output any more, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -592,6 +610,11 @@ def _leave(code: int) -> NoReturn:
 
 def _parse(argv: list[str]) -> list[str]:
     others, _overrides[:] = split_overrides(argv)
+    if "--version" in others:
+        print(f"ham-jax {__version__}")
+        sys.exit(0)
+    if others[1:] and others[1] in MODES:
+        others[1] = f"--mode={others[1]}"
     arguments = [word for word in others if word not in _HELP]
     try:
         words = flags.FLAGS(arguments)

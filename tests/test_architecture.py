@@ -36,7 +36,7 @@ BELOW = {
 
 ONLY_IN = {
     "tensorflow": ["data/feed.py"],
-    "tensorflow_datasets": ["data/records.py"],
+    "tensorflow_datasets": ["data/builder.py"],
     "orbax": ["checkpoints.py"],
     "etils": ["local_path.py"],
     "optax": ["training/optim.py", "training/step.py"],

@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ham_jax.main import MODES
+
 ROOT = Path(__file__).parents[1]
 
 PYTHON = """\
@@ -246,15 +248,17 @@ def num_installations(folder):
 
 @pytest.mark.parametrize("fault", ["its Python is gone", "making it was broken off"])
 def test_a_broken_environment_is_made_anew_and_filled_anew(fault, launch, tmp_path):
-    python, stamp = tmp_path / "venv/bin/python", tmp_path / "venv/.installed-ham_jax"
+    python = tmp_path / "venv/bin/python"
     assert launch("", "--mode=train").wait(60) == 0
-    assert (num_installations(tmp_path), stamp.exists()) == (1, True)
+    stamps = [tmp_path / "venv" / f".installed-{name}" for name in ("predict", "ham_jax")]
+    assert (num_installations(tmp_path), [stamp.exists() for stamp in stamps]) == (1, [True] * 2)
     whole = tmp_path / "whole"
     whole.write_text(python.read_text())
     if fault == "its Python is gone":
         python.write_text("#!/bin/sh\nexit 127\n")
     else:  # after python, before pip
-        stamp.unlink()
+        for stamp in stamps:
+            stamp.unlink()
         python.write_text(whole.read_text().replace("exit 0", "exit 1"))
     base = tmp_path / "python3"
     base.write_text(
@@ -277,6 +281,26 @@ def test_an_installation_that_failed_is_done_again(launch, tmp_path):
     python.write_text(works)
     assert launch("", "--mode=train").wait(60) == 0
     assert num_installations(tmp_path) == 2
+
+
+def test_only_what_trains_gets_the_packages_of_training(launch, tmp_path):
+    def asked_for(*arguments, venv):
+        """Returns the files that pip is given."""
+        (tmp_path / "pip.log").unlink(missing_ok=True)
+        if not (tmp_path / venv).exists():
+            shutil.copytree(tmp_path / "venv", tmp_path / venv)
+        assert launch("", *arguments, HAM_JAX_VENV=str(tmp_path / venv)).wait(60) == 0
+        log = tmp_path / "pip.log"
+        return re.findall(r"requirements\S*", log.read_text()) if log.exists() else []
+
+    small, whole = ["requirements-predict.txt"], ["requirements.txt"]
+    for name, mode in MODES.items():
+        assert asked_for(f"--mode={name}", venv=name) == (whole if mode.trains else small)
+    assert asked_for("--images=x", "--mode", "predict", venv="a") == small
+    assert asked_for("predict", "--mode", venv="b") == small
+    assert asked_for("--mode=predict", venv="train") == []  # it is there already
+    assert asked_for("--config=x", venv="predict") == whole
+    assert asked_for("--mode=eval", venv="predict") == []
 
 
 def test_help_installs_nothing(launch, tmp_path):
@@ -365,7 +389,7 @@ def test_two_at_a_time_install_once(lock, launch, tmp_path):
 def test_it_runs_in_an_empty_environment_from_a_path_with_blanks_and_brackets(launch, tmp_path):
     folder = tmp_path / "a [1] b/*{c}"
     folder.mkdir(parents=True)
-    for file in ("launch.sh", "requirements.txt", "requirements-test.txt"):
+    for file in ("launch.sh", *(path.name for path in ROOT.glob("requirements*.txt"))):
         shutil.copy(ROOT / file, folder)
     (tmp_path / "venv").rename(folder / ".venv")
     empty = ["env", "-i", f"PATH={os.environ['PATH']}", "TMPDIR=/nonexistent/folder", "./launch.sh"]

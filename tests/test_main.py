@@ -1,13 +1,17 @@
 """The command line: what a user types wrong is answered in sentences, before any work."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
-import time
+import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
 
+from ham_jax import __version__
 from ham_jax import config as configuration
 from ham_jax.main import MODES, help_of_all, help_of_mode, split_overrides
 
@@ -45,6 +49,10 @@ def test_overrides_are_taken_out_of_the_command_line():
             ["train|crossval|prepare|eval|robustness|explain|report|compare|predict|serve"],
         ),
         (["stray", "--config={root}/configs/demo.py"], ["'stray': every argument must be"]),
+        (["trian"], ["Did you mean 'train'?", "--mode=train needs --config"]),
+        (["predict"], ["--mode=predict needs --workdir", "needs --images"]),
+        (["train", "--config=resnet.py:19"], ["18, 34, 50 or 101"]),  # from any folder
+        (["train", "--config=configs/demo.py:x"], ["has no variants"]),
         (["--config=nowhere.py"], ["there is no file nowhere.py"]),
         (["--config={root}/configs/resnet.py:19"], ["18, 34, 50 or 101"]),
         (["--config={root}/configs/convnext.py:nano-x"], ["-imagenet may follow"]),
@@ -114,14 +122,14 @@ def test_overrides_are_taken_out_of_the_command_line():
     ],
 )
 def test_mistakes_are_answered_at_once_all_together(arguments, answers, tmp_path):
-    start = time.monotonic()
+    before = sum(os.times()[:4])
     ended = ham_jax(*[a.format(root=ROOT) for a in arguments], cwd=tmp_path)
+    assert sum(os.times()[:4]) - before < 10  # of processor time: nothing heavy is imported
     assert ended.returncode == 2
     assert all(answer in ended.stderr for answer in answers), ended.stderr
     assert "Traceback" not in ended.stderr
     assert len(ended.stderr.splitlines()) == len(answers)
     assert list(tmp_path.iterdir()) == []
-    assert time.monotonic() - start < 10  # nothing heavy is imported
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--mode=predict", "-h"]])
@@ -140,6 +148,82 @@ def test_help_is_printed_without_imports_that_take_seconds(arguments):
     )
     text = help_of_all() if arguments == ["--help"] else help_of_mode("predict")
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, text + "\n", "")
+
+
+def test_the_version_is_printed():
+    assert ham_jax("--version", cwd=ROOT).stdout == f"ham-jax {__version__}\n"
+
+
+def test_a_package_that_is_not_installed_is_a_sentence(tmp_path):
+    (tmp_path / "scipy.py").write_text("import no_such_package")
+    (tmp_path / "a.csv").touch()
+    path = f"{tmp_path}:{ROOT}"
+    ended = ham_jax("compare", "--predictions", "a.csv", "a.csv", cwd=tmp_path, PYTHONPATH=path)
+    assert ended.returncode == 2
+    assert "--mode=compare needs the package no_such_package" in ended.stderr
+    assert "'ham-jax[train]'" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel that `pip install .` makes, unpacked, in a folder `wheel`."""
+    pytest.importorskip("setuptools", "77", reason="it makes the wheel")
+    folder = tmp_path_factory.mktemp("built")
+    for name in ("ham_jax", "configs"):
+        unwanted = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=unwanted)
+    for name in ("pyproject.toml", "setup.py", "requirements-predict.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    build = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
+    ended = subprocess.run(
+        [sys.executable, "-c", build], cwd=folder, capture_output=True, text=True, check=True
+    )
+    with zipfile.ZipFile(folder / ended.stdout.splitlines()[-1]) as file:
+        file.extractall(folder / "wheel")
+    return folder / "wheel"
+
+
+def test_the_wheel_holds_every_file_and_starts_from_any_folder(wheel, tmp_path):
+    def files_of(folder):
+        inside = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        return {path for path in inside if "__pycache__" not in path.parts}
+
+    assert files_of(wheel / "ham_jax") == files_of(ROOT / "ham_jax") | {
+        Path("configs", path) for path in files_of(ROOT / "configs")
+    }
+    start = "import sys; from ham_jax import main; sys.argv[0] = 'ham-jax'; main.run()"
+    for config in ("resnet.py", "configs/resnet.py"):
+        ended = subprocess.run(
+            [sys.executable, "-c", start, "train", f"--config={config}:19"],
+            env=os.environ | {"PYTHONPATH": str(wheel)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (ended.returncode, "18, 34, 50 or 101" in ended.stderr) == (2, True), ended.stderr
+
+
+def test_the_wheel_asks_for_tensorflow_and_tfds_only_to_train(wheel):
+    (info,) = wheel.glob("ham_jax-*.dist-info")
+    assert "ham-jax = ham_jax.main:run" in (info / "entry_points.txt").read_text()
+    metadata = (info / "METADATA").read_text()
+    assert f"\nVersion: {__version__}\n" in metadata
+    asked = re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE)
+    base = [line for line in asked if "extra ==" not in line]
+    training = [line for line in asked if 'extra == "train"' in line]
+    assert {"jax<0.13,>=0.10.2", "orbax-checkpoint<0.13,>=0.12.8"} <= set(base)
+    assert not any("tensorflow" in line for line in base)
+    assert sum("tensorflow" in line for line in training) == 3
+
+
+def test_the_extra_is_what_requirements_add_for_training():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    added = [line.split("#")[0].strip() for line in lines]
+    added = [line for line in added if line and not line.startswith("-r ")]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["optional-dependencies"]["train"] == added
 
 
 def test_help_names_every_mode_flag_and_key_with_its_doc():

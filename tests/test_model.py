@@ -1,6 +1,8 @@
 """A run's folder answers in Python as it does on the command line, to the last bit."""
 
 import io
+import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -17,6 +19,8 @@ from ham_jax.config import InputError
 from ham_jax.data import records
 from ham_jax.evaluation import predictions
 from ham_jax.training import loop
+
+ROOT = Path(__file__).parents[1]
 
 
 class NeverStop:
@@ -144,3 +148,52 @@ def test_asking_a_trained_network_needs_no_training_libraries(trained, photograp
     command = [sys.executable, "-c", textwrap.dedent(code), str(trained), *photographs[:2]]
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
     assert ended.stdout.endswith("(2, 7)\n")
+
+
+def test_predict_eval_explain_and_report_run_where_training_is_not_installed(
+    trained, photographs, tmp_path
+):
+    code = """
+        import sys
+        from pathlib import Path
+        for name in ("tensorflow", "tensorflow_datasets", "tensorboardX"):
+            sys.modules[name] = None
+        from ham_jax import parallel
+        from ham_jax.commands import predict
+        from ham_jax.evaluation import evaluate, explain, report
+        from ham_jax.models import resnet
+        resnet._WIDTHS, resnet.DEPTHS["resnet18"] = (16, 32), (1, 1)  # as in conftest
+        run, photograph, mesh = Path(sys.argv[1]), sys.argv[2], parallel.mesh()
+        evaluate.run([run], "val", [], mesh)
+        predict.run([run], photograph, run / "predict.csv", [], mesh)
+        explain.run_on_photographs(run, photograph, [], mesh)
+        report.run(run, None)
+    """
+    run = shutil.copytree(trained, tmp_path / "run")
+    before = {name: (run / name).read_bytes() for name in ("metrics.json", "predictions.csv")}
+    for name in before:
+        (run / name).unlink()
+    command = [sys.executable, "-c", textwrap.dedent(code), str(run), photographs[0]]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    assert {name: (run / name).read_bytes() for name in before} == before
+    for name in ("predict.csv", "explanations/photographs1.png", "report.html"):
+        assert (run / name).stat().st_size > 100
+
+
+def test_the_notebook_runs(trained, tiny_raw, monkeypatch, capsys):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    notebook = json.loads((ROOT / "examples/predict.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] for cell in cells)
+    text = "\n".join("".join(cell["source"]) for cell in cells)
+    folder = next(tiny_raw.rglob("*.jpg")).parent
+    for written, ours in (("../runs/lite", trained), ("../photographs", folder)):
+        assert text.count(f'"{written}"') == 1
+        text = text.replace(f'"{written}"', repr(str(ours)))
+    names: dict = {}
+    exec(compile(text, "predict.ipynb", "exec"), names)
+    out = capsys.readouterr().out
+    assert "nv is nevus" in out
+    assert out.count(".jpg: ") == 6
+    assert len(names["figure"].axes) == 6
+    names["plt"].close("all")

@@ -70,6 +70,10 @@ def prepare(config: ml_collections.ConfigDict) -> Dataset:
             " its seven. Leave out data.classes, or set data.dir to your own photographs and"
             " data.download=false."
         )
+    if data.synthetic_images or data.download:
+        for folder in filter(None, (data.dir, data.test_dir)):
+            if not Path(folder).exists():  # nothing is drawn or fetched that nobody can read
+                records.import_builder(folder)
     if data.synthetic_images and parallel.is_main():
         min_lesions = 1 if data.split_csv else splits.min_lesions(data)
         synthetic.write(

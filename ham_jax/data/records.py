@@ -1,42 +1,35 @@
 """Makes records of photographs, once, and reads them.
 
 A raw folder (see `layouts`) becomes a TFDS data set: ArrayRecord files with each photograph as raw
-uint8 on one canvas, and `records.csv`, the metadata in record order. TensorFlow is not needed,
-neither to write nor to read.
+uint8 on one canvas, and `records.csv`, the metadata in record order. TFDS is needed to write them
+(see `builder`), but not to read them, and TensorFlow for neither.
 """
 
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
-import tensorflow_datasets as tfds
-from array_record.python import array_record_module
-from tensorflow_datasets.core import writer
-from tensorflow_datasets.proto import tf_example_pb2
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from ham_jax import console, escape, files, reading
 from ham_jax.classes import HAM10000, Classes
 from ham_jax.config import InputError
-from ham_jax.data import image, layouts
-from ham_jax.local_path import LocalPath
+from ham_jax.data import layouts
 
 DECODER_VERSION = 3
 """Raise it when `image.load` gives other pixels for the same file: old records are then remade."""
 
-_CITATION = "Tschandl, Rosendahl and Kittler, Sci. Data 5, 180161 (2018), doi:10.7910/DVN/DBW86T"
-_SHARD_BYTES = 128 << 20  # tfds holds a shard in memory while it writes it
-_SPLIT = "images"
+_NAME, _VERSION = "ham10000", "1.0.0"
+_SHARD_BYTES = 128 << 20  # TFDS holds a shard in memory while it writes it
 _MAX_SMALL_BYTES = 256 << 20  # records.csv of a million photographs
 _CHECKSUMS = "checksums.json"  # of the small files; an ArrayRecord has its own inside
 
@@ -58,7 +51,7 @@ class Records:
     table: pd.DataFrame
     canvas: tuple[int, int]
     fingerprint: str
-    _serialized: Any = dataclasses.field(repr=False)  # TFDS's ArrayRecord data source
+    _serialized: ArrayRecordDataSource = dataclasses.field(repr=False)
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Returns the images of these records, uint8 [n, H, W, 3]; thread-safe.
@@ -70,9 +63,8 @@ class Records:
         # One by one: array_record's own batches start a thread a shard, which takes longer.
         for target, i in zip(images, indices, strict=True):
             try:
-                record = tf_example_pb2.Example.FromString(self._serialized[int(i)])
-                pixels = record.features.feature["image"].bytes_list.value[0]
-            except Exception as error:  # array_record's, protobuf's and more: it is another record
+                pixels = _pixels(self._serialized[int(i)])
+            except Exception as error:  # array_record's and more: it is another record
                 what = f"record {i} of the .array_record files cannot be read: {error}"
                 raise _damaged(self.folder, what) from error
             if len(pixels) != target.size:
@@ -142,23 +134,19 @@ def prepare(
       The records' folder, for `open_records`.
 
     Raises:
-      InputError: see there; no space on the disk; or images that cannot be decoded, all by name.
+      InputError: see there; no space on the disk; TFDS is not installed; or images that cannot be
+        decoded, all by name.
     """
     raw_dir, prepared_dir = Path(raw_dir), Path(prepared_dir)
     if ready := records_folders(raw_dir):
         return _fitting(ready, canvas, classes)
     raw = layouts.find(raw_dir, classes, allow_partial=allow_partial)
     fingerprint = _fingerprint(raw, canvas)
-    config = PhotographsConfig(
-        name=f"{canvas[0]}x{canvas[1]}-{fingerprint[:10]}",
-        raw=raw,
-        canvas=canvas,
-        fingerprint=fingerprint,
-        num_workers=num_workers,
-    )
-    folder = prepared_dir / Ham10000.name / config.name / str(Ham10000.VERSION)
+    name = f"{canvas[0]}x{canvas[1]}-{fingerprint[:10]}"
+    folder = prepared_dir / _NAME / name / _VERSION
     if folder.is_dir():
         return folder
+    builder = import_builder(raw_dir)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -169,12 +157,37 @@ def prepare(
         for unfinished in folder.parent.glob(f"{folder.name}.incomplete*"):  # of a killed process
             shutil.rmtree(unfinished)
         _check_disk(folder.parent, len(raw.sources) * _record_bytes(canvas))
-        with console.progress(f"Preparing {raw_dir}") as config.progress:
-            builder = Ham10000(data_dir=LocalPath(prepared_dir), config=config)
-            with tempfile.TemporaryDirectory() as unused:  # tfds wants a folder for downloads
-                builder.download_and_prepare(download_dir=unused, file_format="array_record")
+        with console.progress(f"Preparing {raw_dir}") as progress:
+            config = builder.PhotographsConfig(
+                name=name,
+                raw=raw,
+                canvas=canvas,
+                fingerprint=fingerprint,
+                num_shards=math.ceil(len(raw.sources) * _record_bytes(canvas) / _SHARD_BYTES),
+                num_workers=num_workers,
+                progress=progress,
+            )
+            builder.write(prepared_dir, config)
         _write_checksums(folder)
     return folder
+
+
+def import_builder(raw_dir: str | os.PathLike) -> ModuleType:
+    """Returns `data.builder`, which writes records of a raw folder.
+
+    Raises:
+      InputError: TFDS is not installed.
+    """
+    try:
+        from ham_jax.data import builder  # late: those who only read records need no TFDS
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"Making records of the photographs in {raw_dir} needs the package {error.name}, which"
+            " is not installed. It comes with what training needs: pip install 'ham-jax[train]', or"
+            " pip install -r requirements.txt in a clone, or ./launch.sh --mode=prepare. Records"
+            " that are there already (data.prepared_dir, data.dir) are read without it."
+        ) from error
+    return builder
 
 
 def open_records(folder: str | os.PathLike) -> Records:
@@ -190,12 +203,9 @@ def open_records(folder: str | os.PathLike) -> Records:
     folder = found[0]
     _check_small_files(folder)
     try:
-        builder = tfds.builder_from_directory(LocalPath(folder))
-        split = builder.info.splits[_SPLIT]
-        canvas = builder.info.features["image"].shape[:2]
-        names = tuple(builder.info.features["label"].names)
-    except Exception as error:  # TFDS raises what its readers of JSON and of protocol buffers do
-        named = f"dataset_info.json or features.json cannot be read: {error}"
+        canvas, names, num_written, num_bytes_written = _read_info(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        named = f"dataset_info.json, features.json or label.labels.txt cannot be read: {error}"
         raise _damaged(folder, named) from error
     try:
         stored = reading.read_json(folder / "metadata.json")
@@ -207,23 +217,58 @@ def open_records(folder: str | os.PathLike) -> Records:
     except (OSError, ValueError, KeyError) as error:
         raise _damaged(folder, f"metadata.json cannot be read: {error}") from error
     table = _records_table(folder, len(classes))
-    num_bytes = sum(path.stat().st_size for path in folder.glob("*.array_record*"))
-    if num_bytes != split.num_bytes or len(table) != split.num_examples:
+    shards = sorted(folder.glob("*.array_record*"))
+    num_bytes = sum(path.stat().st_size for path in shards)
+    if num_bytes != num_bytes_written or len(table) != num_written:
         raise _damaged(
             folder,
-            f"{num_bytes:,} bytes of .array_record files instead of {split.num_bytes:,},"
-            f" {len(table):,} rows of records.csv instead of {split.num_examples:,}",
+            f"{num_bytes:,} bytes of .array_record files instead of {num_bytes_written:,},"
+            f" {len(table):,} rows of records.csv instead of {num_written:,}",
         )
     try:
-        serialized = builder.as_data_source(
-            _SPLIT, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-        )
+        serialized = ArrayRecordDataSource(shards)
         num_records = len(serialized)
-    except Exception as error:  # the same, and array_record's RuntimeError
+    except Exception as error:  # array_record raises RuntimeError and what etils does
         raise _damaged(folder, f"an .array_record cannot be read: {error}") from error
     if num_records != len(table):
         raise _damaged(folder, f"{num_records:,} records, but {len(table):,} rows of records.csv")
     return Records(folder, classes, table, canvas, fingerprint, serialized)
+
+
+def _pixels(record: bytes) -> memoryview:
+    """Returns the content of `image` in a serialized tf.train.Example."""
+    ((_, features),) = _fields(memoryview(record))
+    for _, feature in _fields(features):
+        name, value = (content for _, content in _fields(feature))
+        if name == b"image":
+            ((_, values),) = _fields(value)
+            ((_, pixels),) = _fields(values)
+            return pixels
+    raise ValueError("it holds no image")
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Yields (tag, content) of a protocol buffer whose fields are all of the kind with a length.
+
+    See https://protobuf.dev/programming-guides/encoding.
+    """
+    place = 0
+    while place < len(message):
+        tag, place = _varint(message, place)
+        length, place = _varint(message, place)
+        if tag & 7 != 2 or place + length > len(message):
+            raise ValueError("it is no tf.train.Example")
+        yield tag, message[place : place + length]
+        place += length
+
+
+def _varint(message: memoryview, place: int) -> tuple[int, int]:
+    """Returns a number, of seven bits a byte, the lowest first, and the place after it."""
+    number = shift = 0
+    while message[place] & 0x80:
+        number |= (message[place] & 0x7F) << shift
+        place, shift = place + 1, shift + 7
+    return number | message[place] << shift, place + 1
 
 
 def _damaged(folder: Path, what: str) -> InputError:
@@ -231,6 +276,19 @@ def _damaged(folder: Path, what: str) -> InputError:
         f"{folder}: the records are damaged or incomplete: {what}. Delete the folder and prepare"
         " again, or copy it again."
     )
+
+
+def _read_info(folder: Path) -> tuple[tuple[int, int], tuple[str, ...], int, int]:
+    """Returns what TFDS wrote down: canvas, class names, number of records and of their bytes."""
+    features = reading.read_json(folder / "features.json")["featuresDict"]["features"]
+    height, width, _ = map(int, features["image"]["tensor"]["shape"]["dimensions"])
+    if min(height, width) < 1:
+        raise ValueError(f"the images are {height} x {width}")
+    labels = reading.read_bytes(folder / "label.labels.txt", _MAX_SMALL_BYTES).decode()
+    names = tuple(name.strip() for name in labels.split("\n") if name.strip())
+    (split,) = reading.read_json(folder / "dataset_info.json")["splits"]
+    num_records = sum(map(int, split["shardLengths"]))
+    return (height, width), names, num_records, int(split["numBytes"])
 
 
 def _records_table(folder: Path, num_classes: int) -> pd.DataFrame:
@@ -291,126 +349,6 @@ def _check_small_files(folder: Path) -> None:
             raise _damaged(folder, f"{name} was changed")
 
 
-@dataclasses.dataclass(eq=False, kw_only=True)
-class PhotographsConfig(tfds.core.BuilderConfig):
-    """Which photographs become records, and how large.
-
-    Attributes:
-      raw: what `layouts.find` returned.
-      canvas: height, width of the records' images, in pixels.
-      fingerprint: of the two.
-      num_workers: processes that decode; 0: one a core.
-      progress: progress(done, total) is told how many images are done.
-    """
-
-    raw: layouts.RawData
-    canvas: tuple[int, int]
-    fingerprint: str
-    num_workers: int
-    progress: Callable[[int, int], None] | None = None
-
-
-class Ham10000(tfds.core.ShardBasedBuilder):
-    """Skin lesions as TFDS records, in the order of their image ids.
-
-    A GeneratorBasedBuilder would hold every image in memory before it wrote the first one, and
-    beyond 1 GB would need TensorFlow. This one holds a shard.
-    """
-
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "Raw uint8 images on one canvas."}  # noqa: RUF012, the API's form
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features, config = tfds.features, self.builder_config
-        classes = config.raw.classes
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Images of skin lesions, on one canvas.",
-            features=features.FeaturesDict(
-                {
-                    "image": features.Tensor(
-                        shape=(*config.canvas, 3), dtype=np.uint8, encoding="bytes"
-                    ),
-                    "label": features.ClassLabel(names=list(classes)),
-                    "image_id": features.Text(),
-                    "age": features.Scalar(np.float32, doc="years; nan where unknown"),
-                    "file_sha256": features.Text(doc="of the file that was decoded"),
-                    **{name: features.Text() for name in layouts.COLUMNS if name != "age"},
-                }
-            ),
-            supervised_keys=("image", "label"),
-            citation=_CITATION if classes == HAM10000 else None,
-            disable_shuffling=True,
-            metadata=tfds.core.MetadataDict(
-                fingerprint=config.fingerprint, classes=classes.to_json()
-            ),
-        )
-
-    def _shard_iterators_per_split(self, dl_manager) -> dict:
-        """Returns one generator function a shard; tfds runs them one after the other."""
-        config, raw = self.builder_config, self.builder_config.raw
-        total = len(raw.sources)
-        num_shards = math.ceil(total * _record_bytes(config.canvas) / _SHARD_BYTES)
-        ends = [total * (k + 1) // num_shards for k in range(num_shards)]
-        decoded = enumerate(image.load_many(raw.sources, config.canvas, config.num_workers))
-        rows = raw.table.to_dict("records")
-        faults, hashes = [], []
-
-        def shard(first: int, end: int) -> Iterator[tuple[int, dict]]:
-            for i, pixels in itertools.islice(decoded, end - first):
-                if isinstance(pixels, image.ImageError):
-                    faults.append(f"{raw.sources[i]}: {pixels}")
-                elif not faults:
-                    hashes.append(_sha256(raw.sources[i]))
-                    yield i, {**rows[i], "image": pixels, "file_sha256": hashes[i]}
-                config.progress(i + 1, total)
-            if end < total:
-                return
-            if faults:
-                raise InputError(faults)
-            raw.table.assign(file_sha256=hashes).map(escape.cell).to_csv(
-                self.data_path / "records.csv", index=False, lineterminator="\n"
-            )
-
-        return {
-            _SPLIT: [
-                functools.partial(shard, first, end)
-                for first, end in zip([0, *ends], ends, strict=False)
-            ]
-        }
-
-    def _example_writer(self) -> writer.ExampleWriter:
-        return _UncompressedWriter(self.info.file_format)
-
-    def _create_builder_config(self, builder_config, version):
-        """Takes the config as it is; tfds would log a warning that it is not a listed one."""
-        return builder_config
-
-    def _log_download_bytes(self) -> None:
-        """No-op: `prepare` shows progress."""
-
-    _log_download_done = _log_download_bytes
-
-
-class _UncompressedWriter(writer.ExampleWriter):
-    """ArrayRecord without zstd: half as large again, written 6 and read 2.5 times as fast."""
-
-    def write(self, path, examples) -> None:
-        records = array_record_module.ArrayRecordWriter(
-            os.fspath(path), "group_size:1,uncompressed"
-        )
-        try:
-            for _, serialized in examples:
-                records.write(serialized)
-        finally:
-            records.close()
-
-
-def _sha256(source: layouts.Source) -> str:
-    with source.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _fingerprint(raw: layouts.RawData, canvas: tuple[int, int]) -> str:
     """Returns a hash of all that decides what the records will be, without reading pixels."""
     content = [raw.table.to_csv(index=False), raw.sizes, canvas, DECODER_VERSION]
@@ -421,7 +359,7 @@ def _fingerprint(raw: layouts.RawData, canvas: tuple[int, int]) -> str:
 
 def records_folders(folder: Path) -> list[Path]:
     """Returns the folders that `prepare` made at this path or a few levels below it."""
-    patterns = ("", "*/", "*/*/", f"{Ham10000.name}/*/*/")
+    patterns = ("", "*/", "*/*/", f"{_NAME}/*/*/")
     found = {
         path.parent
         for pattern in patterns

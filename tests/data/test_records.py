@@ -21,10 +21,11 @@ import tensorflow_datasets as tfds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ham_jax import console
+from ham_jax import config, console
 from ham_jax.classes import HAM10000, Classes
 from ham_jax.config import InputError
 from ham_jax.data import image, layouts, records
+from ham_jax.data import prepare as preparation
 from ham_jax.data.records import open_records
 
 attacks = runpy.run_path(str(Path(__file__).parents[1] / "attacks.py"))
@@ -204,6 +205,23 @@ def test_a_full_disk_is_noticed_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(records.shutil, "disk_usage", lambda _: type("U", (), {"free": 9000}))
     with pytest.raises(InputError, match=r"0\.0 GB free"):
         prepare(raw, tmp_path / "out")
+
+
+def test_without_tfds_records_are_read_and_a_sentence_says_how_to_make_them(
+    prepared, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    monkeypatch.delitem(sys.modules, "ham_jax.data.builder")
+    monkeypatch.delattr("ham_jax.data.builder")
+    assert prepare(tmp_path / "raw", tmp_path / "out") == prepared
+    assert open_records(prepared).read(np.arange(7)).any()
+    with pytest.raises(InputError, match=r"package tensorflow_datasets, .* 'ham-jax\[train\]'"):
+        prepare(tmp_path / "raw", tmp_path / "new")
+    c = config.base()
+    c.data.dir, c.data.synthetic_images = str(tmp_path / "drawn"), 100
+    with pytest.raises(InputError, match="package tensorflow_datasets"):
+        preparation.prepare(c)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "raw"]
 
 
 def test_several_processes_prepare_once_and_without_tensorflow(tmp_path):
