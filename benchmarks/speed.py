@@ -456,7 +456,7 @@ def crop() -> dict[str, Any]:
     }
 
 
-def _crop_forms(canvas, px: int, batch_size: int) -> tuple[tuple, dict[str, Any]]:
+def _crop_forms(canvas: tuple[int, int], px: int, batch_size: int) -> tuple[tuple, dict[str, Any]]:
     """Returns (a random batch, {form: its compiled view})."""
     import jax
     import jax.numpy as jnp
