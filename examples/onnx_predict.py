@@ -43,7 +43,7 @@ def answers(model, photographs):
         p = dict(zip(classes, out["probabilities"][0].tolist(), strict=True))
         answer = {"prediction": max(p, key=p.get), "probabilities": p}
         if thresholds:
-            least = dict(zip(classes, thresholds["class_conditional"], strict=True))
+            least = dict(zip(classes, thresholds["shown"], strict=True))
             answer["prediction_set"] = [name for name in classes if p[name] >= least[name]]
             at_risk = sum(p[name] for name in malignant)
             answer["flagged"] = bool(malignant) and at_risk >= thresholds["malignant"]

@@ -56,6 +56,7 @@ _OF_MACHINE = (
     "data.prepared_dir",
     "data.download",
     "data.num_workers",
+    "eval.masks",
 )
 _REMEDY = "Get the folder again: export it anew, or download or copy it once more."
 

@@ -71,7 +71,7 @@ def run(
             metadata.encode(table),
             [name for name in metadata.COLUMNS if name not in table],
         )
-    answers = ensemble.predict(found.sources, table, exact=True)
+    answers = ensemble.predict(found.sources, table)
     if parallel.is_main():
         rows = [_row(answer, answers.classes) for answer in answers]
         _write(output, found, answers, rows)  # before anything is printed, so that it is there

@@ -276,8 +276,16 @@ def describe(ensemble: Ensemble) -> dict[str, Any]:
         "card_html": _card(members) or None,
         "disclaimer": DISCLAIMER,
         "version": ham_jax.__version__,
-        "sets_note": None,
+        "sets_note": _sets_note(members) or None,
     }
+
+
+def _sets_note(members: Sequence[Model]) -> str:
+    """Returns `decision.sets_note`; of several members, whose sets nobody measured, ''."""
+    if len(members) > 1 or (calibrator := members[0].calibrator) is None:
+        return ""
+    choice = calibrator.choice(members[0].config.eval.calibration)
+    return decision.sets_note(choice, members[0].classes)
 
 
 def _card(members: Sequence[Model]) -> str:

@@ -65,9 +65,9 @@ def _properties(model: Model) -> dict[str, object]:
 
     `thresholds`, where there is a calibration: a photograph is flagged where the probabilities of
     the malignant classes sum up to `malignant` or more, and a diagnosis is in its set where its
-    probability is the number of `class_conditional` or more. `metadata`, of a network that takes
-    it: the places of the input's codes, see `data.metadata.encode`. A photograph is unlike those
-    of training where `ood_score` is above 1.
+    probability is its number of `shown` or more; the other kinds of set stand beside it.
+    `metadata`, of a network that takes it: the places of the input's codes, see
+    `data.metadata.encode`. A photograph is unlike those of training where `ood_score` is above 1.
     """
     said: dict[str, object] = {
         "classes": list(model.classes.names),
@@ -80,7 +80,8 @@ def _properties(model: Model) -> dict[str, object]:
     if model.calibrator is not None:
         method = model.config.eval.calibration
         said["calibration"] = method
-        said["thresholds"] = model.calibrator.methods[method]["thresholds"]
+        of_any = model.calibrator.apply(method, np.ones((1, len(model.classes)))).thresholds
+        said["thresholds"] = {kind: least[0].tolist() for kind, least in of_any.items()}
     if model.takes_metadata:
         said["metadata"] = {
             "age": codes.AGES.tolist(),
