@@ -281,9 +281,10 @@ def _portable(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         own[section][leaf] = default[section][leaf]
     if own.data.split_csv:
         own.data.split_csv = "split.csv"
-    source = own.model.pretrained
-    if source and os.path.isabs(source):
-        own.model.pretrained = os.path.basename(source)
+    for section, key in ((own.model, "pretrained"), (own.loss, "teacher")):
+        if section[key]:
+            paths = configuration.paths(section[key])
+            section[key] = ",".join(os.path.basename(p) if os.path.isabs(p) else p for p in paths)
     return own
 
 

@@ -24,7 +24,7 @@ import pandas as pd
 from ham_jax import DISCLAIMER, console, escape, files, hub, reading
 from ham_jax.classes import HAM10000
 from ham_jax.config import InputError
-from ham_jax.data import synthetic
+from ham_jax.data import records, synthetic
 from ham_jax.inference import decision
 from ham_jax.model import Ensemble, Model, restore, restore_all
 from ham_jax.models import pretrained
@@ -225,14 +225,14 @@ def _read_split(path: Path) -> pd.DataFrame:
 
 def _photographs(model: Model, folder: Path) -> Photographs:
     """Returns validation's own where the records are at hand, drawn ones elsewhere."""
-    if (records := _records(model)) is not None and (folder / "split.csv").is_file():
+    if (seen := _records(model)) is not None and (folder / "split.csv").is_file():
         split = _read_split(folder / "split.csv")
         ids = split["image_id"][split["split"] == "val"]
-        rows = np.flatnonzero(records.table["image_id"].isin(ids))
+        rows = np.flatnonzero(seen.table["image_id"].isin(ids))
         if len(rows):
             chosen = rows[np.unique(np.linspace(0, len(rows) - 1, _NUM_VERIFIED).astype(int))]
-            codes = model.encode(records.table.iloc[chosen])
-            return Photographs(records.read(chosen), codes, f"{len(chosen)} validation photographs")
+            codes = model.encode(seen.table.iloc[chosen])
+            return Photographs(seen.read(chosen), codes, f"{len(chosen)} validation photographs")
     drawn = [
         synthetic.draw(model.classes.names[n % len(model.classes)], [n], [n])
         for n in range(_NUM_VERIFIED)
@@ -241,12 +241,8 @@ def _photographs(model: Model, folder: Path) -> Photographs:
     return Photographs(model.decode(drawn), codes, f"{len(drawn)} drawn pictures of lesions")
 
 
-def _records(model: Model) -> Any | None:
+def _records(model: Model) -> records.Records | None:
     """Returns the records that the run was trained on, where they are still on this machine."""
-    try:
-        from ham_jax.data import records
-    except ModuleNotFoundError:  # TFDS, which nothing but records needs
-        return None
     for place in (model.config.data.prepared_dir, model.config.data.dir):
         for folder in records.records_folders(Path(place)):
             with contextlib.suppress(OSError, ValueError):

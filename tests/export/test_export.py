@@ -372,6 +372,8 @@ def test_the_command_line_writes_nothing_into_it(exported, tmp_path, monkeypatch
         output=None,
         predictions=[],
         overrides=[],
+        host="127.0.0.1",
+        port=8000,
     )
     with pytest.raises(InputError, match="is an exported model, into which nothing is written"):
         main._located(main.MODES["eval"], call)
