@@ -46,11 +46,11 @@ def test_overrides_are_taken_out_of_the_command_line():
         (["--cofig=x"], ["Did you mean: config"]),
         (
             ["--mode=evaluate"],
-            ["train|crossval|prepare|eval|robustness|explain|report|compare|predict|serve"],
+            ["train|crossval|prepare|eval|robustness|explain|report|compare|predict|export|serve"],
         ),
         (["stray", "--config={root}/configs/demo.py"], ["'stray': every argument must be"]),
         (["trian"], ["Did you mean 'train'?", "--mode=train needs --config"]),
-        (["predict"], ["--mode=predict needs --workdir", "needs --images"]),
+        (["predict"], ["--mode=predict needs --images"]),  # the network that comes along answers
         (["train", "--config=resnet.py:19"], ["18, 34, 50 or 101"]),  # from any folder
         (["train", "--config=configs/demo.py:x"], ["has no variants"]),
         (["--config=nowhere.py"], ["there is no file nowhere.py"]),

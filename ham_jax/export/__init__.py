@@ -296,9 +296,12 @@ def _card(model: Model, folder: Path, name: str, body: Body, said: Mapping[str, 
     """Returns the model card; `said`: dtype of the weights, what verified the files and how."""
     has_results = (folder / "predictions.csv").is_file()
     numbers = _numbers(folder) if has_results else {}
-    thresholds = None
+    thresholds, sets_note = None, ""
     if model.calibrator:
-        thresholds = model.calibrator.methods[model.config.eval.calibration]["thresholds"]
+        method, num_classes = model.config.eval.calibration, len(model.classes)
+        of_any = model.calibrator.apply(method, np.full((1, num_classes), 1 / num_classes))
+        thresholds = {kind: least[0] for kind, least in of_any.thresholds.items()}
+        sets_note = decision.sets_note(of_any.choice, model.classes)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     sums = {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in sizes}
     return _render(
@@ -309,6 +312,7 @@ def _card(model: Model, folder: Path, name: str, body: Body, said: Mapping[str, 
         model=model,
         trained_on=_trained_on(folder / "split.csv"),
         thresholds=thresholds,
+        sets_note=sets_note,
         level=decision.LEVEL,
         sensitivity=decision.SENSITIVITY,
         sizes=sizes,

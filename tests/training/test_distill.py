@@ -36,7 +36,7 @@ def linear(section, num_classes, num_metadata=0):
         kernel = np.random.default_rng(seed + power).normal(0, 3, shape)
         return {"head": {"kernel": jnp.asarray(kernel, jnp.float32)}}, {}
 
-    return models.Network(section.name, init, apply, features, None)
+    return models.Network(section.name, init, apply, features, None, None)
 
 
 @pytest.fixture(autouse=True)
