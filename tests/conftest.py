@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for every test, and data that several of them use."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -79,9 +80,13 @@ def small_resnet18():
     from ham_jax.models import resnet
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resnet, "_WIDTHS", (16, 32))
-        patch.setitem(resnet.DEPTHS, "resnet18", (1, 1))
+        _narrow(patch, resnet)
         yield
+
+
+def _narrow(patch, resnet):
+    patch.setattr(resnet, "_WIDTHS", (16, 32))
+    patch.setitem(resnet.DEPTHS, "resnet18", (1, 1))
 
 
 @pytest.fixture(scope="session")
@@ -111,3 +116,52 @@ def tiny_records(tiny_raw, tmp_path_factory) -> Path:
 
     prepared = tmp_path_factory.mktemp("prepared")
     return records.prepare(tiny_raw, (24, 32), prepared, allow_partial=True, num_workers=1)
+
+
+class NeverStop:
+    """A `parallel.Preemption` that nobody asks to stop."""
+
+    exit_code = 75
+
+    def reached(self):
+        return False
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_records, tmp_path_factory):
+    """Gives the folder of a run of two steps, to be read only; equal ones are trained once."""
+    import fcntl
+    import json
+
+    from ham_jax import config, parallel
+    from ham_jax.models import resnet
+    from ham_jax.training import loop
+
+    # Below the folder that the processes of a parallel session share.
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "runs"
+    shared.mkdir(exist_ok=True)
+
+    def run(**edits):
+        folder = shared / hashlib.sha256(json.dumps(edits).encode()).hexdigest()[:8]
+        with open(f"{folder}.lock", "w") as lock, pytest.MonkeyPatch.context() as patch:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if folder.exists():
+                return folder
+            _narrow(patch, resnet)
+            c = config.base()
+            c.data.dir = str(tiny_records)
+            c.data.canvas = (24, 32)
+            c.data.num_folds = 3
+            c.model.stem = "small"
+            c.augment.crop_px = 16
+            c.optim.warmup = {"steps": 0}
+            c.train.batch_size = 8
+            c.train.duration = {"steps": 2}
+            c.log.tensorboard = False
+            assert config.override(c, list(edits.items())) == []
+            loop.train(c, Path(f"{folder}.new"), parallel.mesh(), NeverStop())
+            os.rename(f"{folder}.new", folder)
+        return folder
+
+    return run

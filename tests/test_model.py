@@ -13,39 +13,18 @@ import pytest
 from PIL import Image
 
 import ham_jax
-from ham_jax import config, model, parallel
+from ham_jax import model
 from ham_jax.classes import Classes
 from ham_jax.config import InputError
 from ham_jax.data import records
 from ham_jax.evaluation import predictions
-from ham_jax.training import loop
 
 ROOT = Path(__file__).parents[1]
 
 
-class NeverStop:
-    exit_code = 75
-
-    def reached(self):
-        return False
-
-
 @pytest.fixture(scope="module")
-def trained(tiny_records, small_resnet18, tmp_path_factory):
-    c = config.base()
-    c.data.dir = str(tiny_records)
-    c.data.canvas = (24, 32)
-    c.data.num_folds = 3
-    c.model.stem = "small"
-    c.augment.crop_px = 16
-    c.optim.warmup = {"steps": 0}
-    c.optim.ema_decay = 0.9
-    c.train.batch_size = 8
-    c.train.duration = {"steps": 2}
-    c.log.tensorboard = False
-    workdir = tmp_path_factory.mktemp("trained")
-    loop.train(c, workdir, parallel.mesh(), NeverStop())
-    return workdir
+def trained(tiny_run, small_resnet18):
+    return tiny_run(**{"optim.ema_decay": "0.9"})
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from rich.cells import cell_len
 
 import ham_jax
-from ham_jax import DISCLAIMER, config, escape, parallel
+from ham_jax import DISCLAIMER, escape, parallel
 from ham_jax.classes import HAM10000
 from ham_jax.commands import predict
 from ham_jax.config import InputError
@@ -23,40 +23,16 @@ from ham_jax.evaluation import calibration, evaluate, predictions
 from ham_jax.inference import calibrator, decision
 from ham_jax.inference.decision import Calibrated
 from ham_jax.model import Answers
-from ham_jax.training import loop
-
-
-class NeverStop:
-    exit_code = 75
-
-    def reached(self):
-        return False
-
-
-def train(tiny_records, workdir, **model):
-    c = config.base()
-    c.data.dir = str(tiny_records)
-    c.data.canvas = (24, 32)
-    c.data.num_folds = 3
-    c.model.stem = "small"
-    c.model.update(model)
-    c.augment.crop_px = 16
-    c.optim.warmup = {"steps": 0}
-    c.train.batch_size = 8
-    c.train.duration = {"steps": 2}
-    c.log.tensorboard = False
-    loop.train(c, workdir, parallel.mesh(), NeverStop())
-    return workdir
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_records, small_resnet18, tmp_path_factory):
-    return train(tiny_records, tmp_path_factory.mktemp("trained"))
+def trained(tiny_run, small_resnet18):
+    return tiny_run()
 
 
 @pytest.fixture(scope="module")
-def trained_with_metadata(tiny_records, small_resnet18, tmp_path_factory):
-    return train(tiny_records, tmp_path_factory.mktemp("with_metadata"), metadata=True)
+def trained_with_metadata(tiny_run, small_resnet18):
+    return tiny_run(**{"model.metadata": "true"})
 
 
 def answers(path):

@@ -29,12 +29,11 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 import ham_jax
-from ham_jax import DISCLAIMER, config, parallel
+from ham_jax import DISCLAIMER
 from ham_jax.commands import serve
 from ham_jax.commands import service as services
 from ham_jax.config import InputError
 from ham_jax.model import Ensemble
-from ham_jax.training import loop
 
 ROOT = Path(__file__).parents[2]
 OPENAPI = json.loads(resources.files("ham_jax.commands").joinpath("openapi.json").read_text())
@@ -42,29 +41,9 @@ HOME = "http://127.0.0.1:8000"
 BATCH = 8  # one photograph a device
 
 
-class NeverStop:
-    exit_code = 75
-
-    def reached(self):
-        return False
-
-
 @pytest.fixture(scope="module")
-def trained(tiny_records, small_resnet18, tmp_path_factory):
-    c = config.base()
-    c.data.dir = str(tiny_records)
-    c.data.canvas = (24, 32)
-    c.data.num_folds = 3
-    c.model.stem = "small"
-    c.model.metadata = True
-    c.augment.crop_px = 16
-    c.optim.warmup = {"steps": 0}
-    c.train.batch_size = 8
-    c.train.duration = {"steps": 2}
-    c.log.tensorboard = False
-    workdir = tmp_path_factory.mktemp("trained")
-    loop.train(c, workdir, parallel.mesh(), NeverStop())
-    return workdir
+def trained(tiny_run, small_resnet18):
+    return tiny_run(**{"model.metadata": "true"})
 
 
 @pytest.fixture(scope="module")

@@ -21,29 +21,9 @@ from ham_jax.models import pretrained
 from ham_jax.training import loop
 
 
-class NeverStop:
-    exit_code = 75
-
-    def reached(self):
-        return False
-
-
 @pytest.fixture(scope="module")
-def trained(tiny_records, small_resnet18, tmp_path_factory):
-    c = config.base()
-    c.data.dir = str(tiny_records)
-    c.data.canvas = (24, 32)
-    c.data.num_folds = 3
-    c.model.stem = "small"
-    c.augment.crop_px = 16
-    c.optim.warmup = {"steps": 0}
-    c.optim.ema_decay = 0.9
-    c.train.batch_size = 8
-    c.train.duration = {"steps": 2}
-    c.log.tensorboard = False
-    workdir = tmp_path_factory.mktemp("trained") / "run"
-    loop.train(c, workdir, parallel.mesh(), NeverStop())
-    return workdir
+def trained(tiny_run, small_resnet18):
+    return tiny_run(**{"optim.ema_decay": "0.9"})
 
 
 def options(dtype="float32", files=()):
