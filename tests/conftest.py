@@ -31,7 +31,7 @@ _SLOW = {
         "test_old_runs",
         "test_speed",
     ),
-    *("test_onnx", "test_stablehlo"),
+    *("test_onnx", "test_stablehlo", "test_released"),
     *("test_calibration", "test_corruptions", "test_explain", "test_report"),
     *("test_robustness", "test_subgroups", "test_export"),
     *("test_classifier", "test_conv", "test_convnext", "test_efficientnet", "test_resnet"),
