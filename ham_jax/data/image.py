@@ -10,16 +10,16 @@ import contextlib
 import io
 import itertools
 import math
-import multiprocessing
 import os
 import signal
 import stat
 import sys
+import types
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,29 @@ MAX_BYTES = 1 << 30
 
 pillow_heif.register_heif_opener(thumbnails=False)
 
-_SPAWN = multiprocessing.get_context("spawn")  # a fork would copy JAX's locked threads
+
+class _Process(SpawnProcess):
+    """Does not import the script that was started: one without `__name__ == "__main__"` goes on.
+
+    Python runs the script anew in each process, so that what is pickled by its names is found. What
+    decodes needs nothing of it.
+    """
+
+    def start(self) -> None:
+        """Starts it with an empty script."""
+        script = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            super().start()
+        finally:
+            sys.modules["__main__"] = script
+
+
+class _Context(SpawnContext):
+    Process = _Process
+
+
+_SPAWN = _Context()  # a fork would copy JAX's locked threads
 _FEW = 32  # sources for which starting processes does not pay
 _AHEAD_PER_WORKER = 32
 _MAX_PIXELS = 200_000_000

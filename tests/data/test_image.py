@@ -7,8 +7,10 @@ import os
 import struct
 import subprocess
 import sys
+import textwrap
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -411,3 +413,19 @@ def test_a_pillow_image_and_its_file_are_the_same_photograph(mode, tmp_path):
     for odd in (pixels[..., 0], pixels.astype(np.float32), pixels[..., :2]):
         with pytest.raises(image.ImageError, match=r"uint8 \[H, W, 3\]"):
             image.load(odd, (30, 40))
+
+
+def test_a_script_without_a_guard_decodes_many(tmp_path):
+    """Python's own way would run it anew in each process, without end."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent("""\
+            import numpy as np
+            from ham_jax.data import image
+            many = [np.full((30, 40, 3), number, np.uint8) for number in range(image._FEW)]
+            print([int(pixels[0, 0, 0]) for pixels in image.load_many(many, (15, 20), 2)])
+        """)
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env)
+    assert ended.stdout == f"{list(range(image._FEW))}\n", ended.stderr
