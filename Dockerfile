@@ -1,7 +1,7 @@
 # Answers on CPU: serves the page, and runs every mode that trains nothing.
 #
 #   docker build -t ham-jax .
-#   docker run --rm -p 127.0.0.1:8000:8000 -v "$PWD/runs/lite:/model:ro" ham-jax
+#   docker run --rm -p 127.0.0.1:8000:8000 ham-jax
 #   docker run --rm -v "$PWD:/work" --user "$(id -u)" ham-jax predict --workdir=runs/lite --images=photographs/
 #
 # Docker asks /healthz whether the page answers; --no-healthcheck turns that off for other modes.
@@ -24,4 +24,4 @@ WORKDIR /work
 EXPOSE 8000
 HEALTHCHECK --start-period=60s CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8000/healthz', timeout=5)"]
 ENTRYPOINT ["ham-jax"]
-CMD ["serve", "--workdir=/model", "--host=0.0.0.0", "--port=8000"]
+CMD ["serve", "--host=0.0.0.0", "--port=8000"]

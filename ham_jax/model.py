@@ -606,7 +606,7 @@ class Ensemble:
 
 
 def load(
-    path: str | Path | Sequence[str | Path],
+    path: str | Path | Sequence[str | Path] | None = None,
     *,
     mesh: jax.sharding.Mesh | None = None,
     overrides: Sequence[tuple[str, str]] = (),
@@ -616,6 +616,7 @@ def load(
     Args:
       path: of a training run; of a cross-validation, whose folds become an ensemble; an exported
         folder; `hf:user/name`, such a folder on the Hugging Face hub; or several of these.
+        Default: the network that comes with this library.
       mesh: the devices. Default: all there are.
       overrides: (key, text) pairs of keys that evaluation may set anew, such as ("eval.tta", "8").
 
@@ -623,6 +624,8 @@ def load(
       InputError: no checkpoint there, or keys that may not be set anew.
     """
     paths = [path] if isinstance(path, str | Path) else path
+    if paths is None:
+        paths = hub.released()
     mesh = parallel.mesh() if mesh is None else mesh
     ensemble = Ensemble(restore_all([hub.local(one) for one in paths], overrides, mesh))
     ensemble = ensemble.with_decisions()

@@ -166,9 +166,12 @@ def test_the_notebook_runs(trained, tiny_raw, monkeypatch, capsys):
     assert not any(cell["outputs"] for cell in cells)
     text = "\n".join("".join(cell["source"]) for cell in cells)
     folder = next(tiny_raw.rglob("*.jpg")).parent
-    for written, ours in (("../runs/lite", trained), ("../photographs", folder)):
-        assert text.count(f'"{written}"') == 1
-        text = text.replace(f'"{written}"', repr(str(ours)))
+    for written, ours in (
+        ("load()", f"load({str(trained)!r})"),
+        ('"../photographs"', repr(str(folder))),
+    ):
+        assert text.count(written) == 1
+        text = text.replace(written, ours)
     names: dict = {}
     exec(compile(text, "predict.ipynb", "exec"), names)
     out = capsys.readouterr().out

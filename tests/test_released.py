@@ -51,7 +51,8 @@ def test_no_lesion_that_judges_it_trained_it(folder):
 
 def test_it_answers_and_is_small(folder):
     assert sum(path.stat().st_size for path in folder.iterdir()) < MOST_BYTES
-    model = ham_jax.load(folder, overrides=[("eval.tta", "1")])
+    model = ham_jax.load(overrides=[("eval.tta", "1")])
+    assert model.workdir == folder
     drawn = synthetic.draw("mel", [1], [1])
     noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
     answers = model.predict([drawn, noise])
