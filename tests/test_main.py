@@ -70,7 +70,7 @@ def test_overrides_are_taken_out_of_the_command_line():
         (["--mode=report"], ["--mode=report needs --workdir"]),
         (["--mode=report", "--workdir=a,b"], ["one --workdir, not in 2"]),
         (["--mode=report", "--workdir=a", "--output={root}"], ["is a folder"]),
-        (["--mode=predict"], ["needs --workdir", "needs --images"]),
+        (["--mode=predict"], ["needs --images"]),
         (["--mode=explain"], ["needs --workdir"]),
         (["--mode=explain", "--workdir=a,b"], ["one --workdir, not in 2"]),
         (

@@ -158,12 +158,9 @@ def linear(config, num_classes, num_metadata=0):
     return models.Network("linear", lambda seed: (params, {}), apply, features, None, None)
 
 
-@pytest.mark.parametrize("with_metadata", [False, True])
-def test_steps_of_one_call_are_the_same_steps(
-    with_metadata, tiny, one_device, tmp_path, monkeypatch
-):
+def test_steps_of_one_call_are_the_same_steps(tiny, one_device, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "build", linear)
-    tiny.model.metadata = with_metadata
+    tiny.model.metadata = True
     tiny.augment.crop_px, tiny.augment.progressive = 24, ((0.8, 16),)
     tiny.checkpoint.every = tiny.eval.every = {"steps": 5}
     one, three = tmp_path / "one", tmp_path / "three"
