@@ -368,20 +368,7 @@ def write(
     Raises:
       InputError: a weight is too large for the type.
     """
-    kinds = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-    with np.errstate(over="ignore"):  # which is looked for right after
-        cast = {
-            path: np.asarray(
-                value, kinds[dtype] if path.startswith("params/") else np.float32, order="C"
-            )
-            for path, value in tensors.items()
-        }
-    if large := [p for p, v in cast.items() if not np.isfinite(v.astype(np.float32)).all()]:
-        raise InputError(
-            f"export.dtype = {dtype!r}: {', '.join(large[:3])} has values that it cannot hold."
-            " Use float32 or bfloat16."
-        )
-    files.write_bytes(folder / WEIGHTS, safetensors.numpy.save(cast))
+    files.write_bytes(folder / WEIGHTS, safetensors.numpy.save(_cast(tensors, dtype)))
     if ood is not None:
         kind = np.float64 if dtype == "float32" else np.float32
         if dtype == "float16" and max(np.abs(value).max() for value in ood.values()) < 1e4:
@@ -404,6 +391,24 @@ def write(
         },
     }
     files.write_json(folder / CONFIG, described)
+
+
+def _cast(tensors: Tensors, dtype: str) -> dict[str, np.ndarray]:
+    """Returns weights in the type that they are written in; see `write`."""
+    kinds = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+    with np.errstate(over="ignore"):  # which is looked for right after
+        cast = {
+            path: np.asarray(
+                value, kinds[dtype] if path.startswith("params/") else np.float32, order="C"
+            )
+            for path, value in tensors.items()
+        }
+    if large := [p for p, v in cast.items() if not np.isfinite(v.astype(np.float32)).all()]:
+        raise InputError(
+            f"export.dtype = {dtype!r}: {', '.join(large[:3])} has values that it cannot hold."
+            " Use float32 or bfloat16."
+        )
+    return cast
 
 
 def write_ensemble(folder: Path, names: list[str]) -> None:

@@ -110,11 +110,3 @@ def test_one_library_one_room():
         if module.split(".")[0] == library and not file.startswith(tuple(rooms))
     ]
     assert strays == []
-
-
-def test_what_is_applied_to_probabilities_needs_numpy_alone():
-    outside = {
-        (file, module.split(".")[0]) for file, module in imports() if file.startswith("inference/")
-    }
-    names = {name for _, name in outside} - {"ham_jax", *sys.stdlib_module_names}
-    assert names == {"numpy"}

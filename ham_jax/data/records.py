@@ -141,35 +141,38 @@ def prepare(
     if ready := records_folders(raw_dir):
         return _fitting(ready, canvas, classes)
     raw = layouts.find(raw_dir, classes, allow_partial=allow_partial)
-    fingerprint = _fingerprint(raw, canvas)
-    name = f"{canvas[0]}x{canvas[1]}-{fingerprint[:10]}"
-    folder = prepared_dir / _NAME / name / _VERSION
+    fingerprint, num_bytes = _fingerprint(raw, canvas), len(raw.sources) * _record_bytes(canvas)
+    folder = prepared_dir / _NAME / f"{canvas[0]}x{canvas[1]}-{fingerprint[:10]}" / _VERSION
     if folder.is_dir():
         return folder
     builder = import_builder(raw_dir)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"data.prepared_dir = {str(prepared_dir)!r}: {error}.") from error
+    _make_folder(folder.parent, prepared_dir)
     with files.locked(folder.parent / "lock"):
         if folder.is_dir():
             return folder
         for unfinished in folder.parent.glob(f"{folder.name}.incomplete*"):  # of a killed process
             shutil.rmtree(unfinished)
-        _check_disk(folder.parent, len(raw.sources) * _record_bytes(canvas))
+        _check_disk(folder.parent, num_bytes)
         with console.progress(f"Preparing {raw_dir}") as progress:
             config = builder.PhotographsConfig(
-                name=name,
+                name=folder.parent.name,
                 raw=raw,
                 canvas=canvas,
                 fingerprint=fingerprint,
-                num_shards=math.ceil(len(raw.sources) * _record_bytes(canvas) / _SHARD_BYTES),
+                num_shards=math.ceil(num_bytes / _SHARD_BYTES),
                 num_workers=num_workers,
                 progress=progress,
             )
             builder.write(prepared_dir, config)
         _write_checksums(folder)
     return folder
+
+
+def _make_folder(folder: Path, prepared_dir: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"data.prepared_dir = {str(prepared_dir)!r}: {error}.") from error
 
 
 def import_builder(raw_dir: str | os.PathLike) -> ModuleType:

@@ -107,13 +107,27 @@ def run(
     explained = model.explain(
         images[np.arange(len(rows))], answers[rows], model.encode(images.table)
     )
+    panels = _panels(judged, chosen, explained)
+    folder = output or workdir / FOLDER
+    if masks:
+        few = robustness.choose(of_split.table.iloc[place], model.config.eval.robustness_images)
+        table = on_lesion.measure(model, of_split.take(place[few]), answers[few], masks)
+        _write_on_lesion(folder, model, table.assign(split=split, step=model.provenance["step"]))
+    return _write(folder, model, {"split": split}, panels)
+
+
+def _panels(
+    judged: Predictions, chosen: Mapping[str, Sequence[int]], explained: Explanation
+) -> Panels:
+    """Returns what each file shows: `explained` has the chosen rows, kind by kind."""
+    answers, names = judged.probabilities.argmax(axis=1), judged.classes.names
     panels, first = {}, 0
     for kind, of_kind in chosen.items():
         said = [
             {
                 "image_id": judged.image_ids[row],
-                "truth": model.classes.names[judged.labels[row]],
-                "prediction": model.classes.names[answers[row]],
+                "truth": names[judged.labels[row]],
+                "prediction": names[answers[row]],
                 "probability": float(judged.probabilities[row, answers[row]]),
             }
             for row in of_kind
@@ -121,12 +135,7 @@ def run(
         if said:
             panels[f"{kind}.png"] = said, *_part(explained, slice(first, first + len(said)))
         first += len(said)
-    folder = output or workdir / FOLDER
-    if masks:
-        few = robustness.choose(of_split.table.iloc[place], model.config.eval.robustness_images)
-        table = on_lesion.measure(model, of_split.take(place[few]), answers[few], masks)
-        _write_on_lesion(folder, model, table.assign(split=split, step=model.provenance["step"]))
-    return _write(folder, model, {"split": split}, panels)
+    return panels
 
 
 def _write_on_lesion(folder: Path, model: Model, table: pd.DataFrame) -> None:
