@@ -33,6 +33,7 @@ from ham_jax.evaluation import (
     calibration,
     figures,
     isic,
+    lesions,
     metrics,
     on_lesion,
     predictions,
@@ -214,6 +215,7 @@ def measure(evidence: Evidence) -> dict[str, Any]:
         "split": split,
         "split_name": _SPLITS.get(split or "", "not known, as there is no metrics.json"),
         "num_lesions": judged.num_lesions,
+        "by_lesion": lesions.measure(judged),
         "isic": isic.score(judged) if split == "test" and isic.knows(judged.classes) else None,
         **(
             calibration.measure(judged, calibrated, cross_fitted)
