@@ -292,7 +292,8 @@ def _by_lesion_row(found: dict[str, Any]) -> list[list[str]]:
     """Returns the printed row of `lesions.measure`."""
     low, high = found["balanced_accuracy_interval"]
     said = f"balanced accuracy {found['balanced_accuracy']:.3f} ({low:.3f} to {high:.3f})"
-    return [["one answer a lesion", f"{said}, accuracy {found['accuracy']:.3f}"]]
+    of_one = f"with one photograph of each {found['balanced_accuracy_of_one']:.3f}"
+    return [["one answer a lesion", f"{said}, {of_one}"]]
 
 
 def _decision_rows(numbers: dict[str, Any]) -> list[list[str]]:

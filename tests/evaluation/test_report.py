@@ -21,6 +21,7 @@ from ham_jax.evaluation import (
     bootstrap,
     calibration,
     figures,
+    lesions,
     metrics,
     predictions,
     report,
@@ -183,6 +184,12 @@ def test_the_page_says_what_the_metrics_say(full):
         )
         assert re.search(said, text), key
     assert DISCLAIMER in text
+    of_lesions = lesions.measure(judged)
+    low, high = of_lesions["balanced_accuracy_interval"]
+    said = (
+        f'<b>{of_lesions["balanced_accuracy"]:.3f}</b> <span class="span">{low:.3f} to {high:.3f}'
+    )
+    assert said in text
 
     rows = Page(text).rows
     for k, dx in enumerate(HAM10000):
@@ -260,6 +267,9 @@ def test_the_card_says_the_same(full):
     assert f"| mel | {NUM // 7} | {sensitivity:.3f} |" in card
     assert all(word in card for word in (DISCLAIMER, "CC BY-NC 4.0", "Apache", "fog"))
     assert "<script" not in card
+    of_lesions = lesions.measure(predictions.read(full / "predictions.csv"))
+    assert f"({of_lesions['num_lesions']} lesions, {of_lesions['num_with_several']} of them" in card
+    assert f"| accuracy | {of_lesions['accuracy']:.3f} | |" in card
     check_tables(card)
 
 
