@@ -133,7 +133,7 @@ class Predictions:
         return dataclasses.replace(self, probabilities=probabilities)
 
     def by_lesion(self) -> "Predictions":
-        """Returns a row a lesion: the mean of its images' probabilities, in their order of names.
+        """Returns a row a lesion: the mean of its images' probabilities, sorted by name.
 
         A lesion that has two labels counts as two, as in `bootstrap.resamples`. The order of the
         images changes no digit.

@@ -445,20 +445,21 @@ def _read_on_lesion(path: Path, classes: Classes) -> pd.DataFrame:
     return table
 
 
-def _read_test(path: Path, own: Mapping[str, Any]) -> dict[str, Any] | None:
+def _read_test(path: Path, own: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what is told of the test split.
 
     Args:
       path: one of TESTS.
-      own: metrics.json of the folder itself.
+      own: metrics.json of the folder itself; empty where it is missing.
 
     Raises:
       ValueError: it is of another split, or of other weights than `own`.
     """
     numbers = _read_numbers(path)
     found = [numbers.get("split"), numbers.get("step")]
-    if found != ["test", own.get("step")]:
-        raise ValueError(f"its split and step are {found}, not {['test', own.get('step')]}")
+    needed = ["test", own.get("step") if own else found[1]]
+    if found != needed:
+        raise ValueError(f"its split and step are {found}, not {needed}")
     intervals = numbers["intervals"]
     decided, calibrated = numbers.get("decision"), numbers.get("calibration")
     return {
