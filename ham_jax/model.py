@@ -4,6 +4,7 @@
 of several processes all of them must ask together.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,7 +33,10 @@ if TYPE_CHECKING:  # an exported network that was traced before needs neither Fl
 
     from ham_jax import models
 
-_MOST_ON_CPU = 8  # photographs in a batch: there, more at once are no faster
+# Photographs in a batch: on CPU larger ones take longer an image, for their maps leave the caches.
+_MOST_ON_CPU = 2
+_SCORED = 256  # photographs: one at a time, the detector's product takes longer than the network
+_IN_FLIGHT = 4  # batches: several small ones keep all cores busy, and decoding goes on meanwhile
 
 Variables = Mapping[str, Any]
 """{'params', 'batch_stats'} as nested dicts."""
@@ -80,15 +84,17 @@ class Forward:
             crop_scale=config.eval.crop_scale,
             gray_norm=config.augment.shades_of_gray,
         )
-        tile = functools.partial(self._view, grid=configuration.tile_grid(config))
+        grid = configuration.tile_grid(config)
         jit = functools.partial(jax.jit, out_shardings=parallel.batch_sharding(mesh))
-        self._tile, self._center = jit(tile), jit(self._view)
+        self._tile = jit(lambda tile, image: self._view(image, grid=grid, tile=tile))
+        self._center = jit(self._view)
         jit = functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
         self._mean = jit(lambda views: sum(views[1:], views[0]) / len(views))
         self._said = jit(self._of_view)
         self.explain = jit(self._explain)
         if about is not None and mesh.devices.size == 1:
-            self._said = programs.Kept(self._said, about)
+            self._said = programs.Kept(self._said, ["network", *about])
+            self._tile = programs.Kept(self._tile, ["tile", grid, *self._view.keywords.values()])
 
     @functools.cached_property
     def network(self) -> "models.Network":
@@ -127,7 +133,7 @@ class Forward:
         # One program for all views: eight unrolled copies would compile eight times as long.
         views = [
             self._said(variables, view, np.int32(k), metadata)
-            for view in (self._tile(image, tile=np.int32(t)) for t in range(self._num_tiles))
+            for view in (self._tile(np.int32(t), image) for t in range(self._num_tiles))
             for k in range(self._num_views)
         ]
         probabilities, features = zip(*views, strict=True)
@@ -439,6 +445,20 @@ class Model:
                 progress(done, len(images))
         return jax.tree.map(lambda *of_parts: np.concatenate(of_parts), *parts)
 
+    def ask(
+        self, images: np.ndarray, metadata: np.ndarray | None, batch_size: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns `Forward.both` of one batch, without waiting for it: [batch_size, ...].
+
+        Args:
+          images: on the canvas, uint8 [n, H, W, 3], at most `batch_size`; the last fills it up.
+          metadata: `encode`d, float32 [n, M]; ignored by a network that takes none.
+          batch_size: a multiple of the number of devices.
+        """
+        beside = {"metadata": metadata} if self.takes_metadata else {}
+        ((batch, _),) = feed.sequential(images, batch_size, self.forward.mesh, beside)
+        return self.forward.both(self.variables, **batch)
+
     def predict(self, photographs: Any, metadata: Any = None, exact: bool = False) -> Answers:
         """Returns what is said of photographs: see `Ensemble.predict`."""
         return Ensemble((self,)).predict(photographs, metadata, exact)
@@ -621,17 +641,16 @@ class Ensemble:
             if batch_size is not None:
                 size = min(size, -(-batch_size // num_devices) * num_devices)
             decoded = decode(canvas, config.data.num_workers)
-            for rows, images in _in_batches(decoded, num, size, errors, title):
-                beside = None if codes is None else codes[rows]
-                for place in chosen:
-                    member = self.members[place]
-                    given = beside if member.takes_metadata else None
-                    said, features = member.in_batches(
-                        member.forward.both, images, {"metadata": given}, batch_size=size
-                    )
-                    raw[place, rows] = normalised(said)
-                    if member.detector:
-                        scores[place, rows] = member.detector.score(features)
+            batches = _in_batches(decoded, num, size, errors, title)
+            asked = (
+                (place, rows, self.members[place].ask(images, codes if codes is None else codes[rows], size))
+                for rows, images in batches
+                for place in chosen
+            )
+            for place, rows, said, features in _gathered(asked):
+                raw[place, rows] = normalised(said)
+                if found := self.members[place].detector:
+                    scores[place, rows] = found.score(features)
         of_members = [s if m.detector else None for s, m in zip(scores, self.members, strict=True)]
         return self._answers(raw, detector.joined(of_members), errors)
 
@@ -824,6 +843,32 @@ def _table(metadata: Any, num_photographs: int) -> "pd.DataFrame":
     if len(table) != num_photographs:
         raise InputError(f"There are metadata of {len(table)} for {num_photographs} photographs.")
     return table
+
+
+def _gathered(asked: Iterable[tuple[int, list[int], tuple[jax.Array, ...]]]) -> Iterator[Any]:
+    """Yields (member, numbers of photographs [k], arrays [k, ...]) of several batches together.
+
+    Args:
+      asked: (member, numbers, what `Model.ask` returned), of one batch. The devices have the next
+        ones to do already when one is waited for.
+    """
+    parts: dict[int, list[tuple[Any, ...]]] = collections.defaultdict(list)
+    for place, rows, said in _ahead(asked):
+        parts[place].append((rows, *(np.asarray(array)[: len(rows)] for array in said)))
+        if sum(len(rows) for rows, *_ in parts[place]) >= _SCORED:
+            yield place, *map(np.concatenate, zip(*parts.pop(place), strict=True))
+    for place, rest in parts.items():
+        yield place, *map(np.concatenate, zip(*rest, strict=True))
+
+
+def _ahead(asked: Iterable[Any]) -> Iterator[Any]:
+    """Yields the same, some behind."""
+    waiting: collections.deque[Any] = collections.deque()
+    for one in asked:
+        waiting.append(one)
+        if len(waiting) > _IN_FLIGHT:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def _in_batches(

@@ -37,13 +37,12 @@ class Kept:
         self._function, self._about = function, about
         self._programs: dict[Any, Callable[..., Any]] = {}
 
-    def __call__(self, variables: Any, *arguments: Any) -> Any:
-        """Calls it; `variables` are of the same shapes each time."""
-        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments))
+    def __call__(self, first: Any, *others: Any) -> Any:
+        """Calls it; the first argument, such as weights, is of the same shapes each time."""
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(others))
         if shapes not in self._programs:
-            exported = self._exported(variables, *arguments)
-            self._programs[shapes] = jax.jit(exported.call)
-        return self._programs[shapes](variables, *arguments)
+            self._programs[shapes] = jax.jit(self._exported(first, *others).call)
+        return self._programs[shapes](first, *others)
 
     def _exported(self, *arguments: Any) -> export.Exported:
         leaves, structure = jax.tree.flatten(arguments)
