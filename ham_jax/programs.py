@@ -101,5 +101,5 @@ def _write(path: Path | None, data: bytes) -> None:
     """Writes a file with its checksum; where it cannot, the next start takes longer."""
     if path is not None:
         with contextlib.suppress(OSError):
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             files.write_bytes(path, hashlib.sha256(data).digest() + data)
