@@ -40,7 +40,7 @@ _BATCH = 8  # of ONNX Runtime and PyTorch: larger ones were no faster
 
 
 def _files(num: int) -> list[str]:
-    found = sorted(map(str, Path(speed._ORIGINALS.value).rglob("*.jpg")))
+    found = sorted(map(str, Path(speed._ORIGINALS.value or ".").rglob("*.jpg")))
     return (found * (num // len(found) + 1))[:num]
 
 
@@ -55,7 +55,8 @@ def _onnx_runtime() -> Callable[[Sequence[str]], Any]:
     import onnxruntime
 
     spec = importlib.util.spec_from_file_location("peer", ROOT / "examples" / "onnx_predict.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     peer = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(peer)
     session = onnxruntime.InferenceSession(_ONNX.value, providers=["CPUExecutionProvider"])

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ham_jax import console, hub, parallel, programs
 from ham_jax import config as configuration
+from ham_jax import console, hub, parallel, programs
 from ham_jax.classes import Classes
 from ham_jax.config import InputError
 from ham_jax.data import feed, preprocess
@@ -455,7 +455,9 @@ class Model:
           metadata: `encode`d, float32 [n, M]; ignored by a network that takes none.
           batch_size: a multiple of the number of devices.
         """
-        beside = {"metadata": metadata} if self.takes_metadata else {}
+        beside = {}
+        if self.takes_metadata and metadata is not None:
+            beside["metadata"] = metadata
         ((batch, _),) = feed.sequential(images, batch_size, self.forward.mesh, beside)
         return self.forward.both(self.variables, **batch)
 
@@ -643,8 +645,9 @@ class Ensemble:
             decoded = decode(canvas, config.data.num_workers)
             batches = _in_batches(decoded, num, size, errors, title)
             asked = (
-                (place, rows, self.members[place].ask(images, codes if codes is None else codes[rows], size))
+                (place, rows, self.members[place].ask(images, beside, size))
                 for rows, images in batches
+                for beside in [None if codes is None else codes[rows]]
                 for place in chosen
             )
             for place, rows, said, features in _gathered(asked):
@@ -784,8 +787,8 @@ def _check_shapes(model: Model) -> None:
     if odd:
         raise InputError(
             f"{model.workdir / hub.WEIGHTS} does not fit {model.config.model.name} of"
-            f" {len(model.classes)} classes: {len(odd)} tensors are missing, left over or of another shape,"
-            f" {', '.join(odd[:3])} among them."
+            f" {len(model.classes)} classes: {len(odd)} tensors are missing, left over or of"
+            f" another shape, {', '.join(odd[:3])} among them."
         )
 
 

@@ -1,9 +1,9 @@
 """The other side of `python benchmarks/answers.py`: the same network in PyTorch, answering.
 
 A DataLoader decodes with Pillow; the network is in evaluation and `channels_last`. Its weights are
-random, which takes no less time. Needs torch, torchvision and efficientnet-lite-pytorch. Prints JSON
-when it is warm; for each line with a number it answers so many photographs, or, below 0, so many one
-by one, and prints the seconds that they took.
+random, which takes no less time. Needs torch, torchvision and efficientnet-lite-pytorch. Prints
+JSON when it is warm; for each line with a number it answers so many photographs, or, below 0, so
+many one by one, and prints the seconds that they took.
 """
 
 import argparse
