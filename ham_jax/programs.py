@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ def _path(about: Any, suffix: str) -> Path | None:
     if not (folder and jax.config.jax_enable_compilation_cache) or "://" in folder:
         return None
     settings = [jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision]
-    text = json.dumps([_FORMAT, jax.__version__, _source(), settings, about])
+    versions = [_FORMAT, jax.__version__, metadata.version("flax"), _source()]
+    text = json.dumps([*versions, settings, about])
     return Path(folder) / "programs" / (hashlib.sha256(text.encode()).hexdigest() + suffix)
 
 
