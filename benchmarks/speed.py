@@ -6,7 +6,7 @@ python benchmarks/speed.py conv      # each form of each convolution: is the rul
 python benchmarks/speed.py crop      # the random crop: its forms, and a turned one
 python benchmarks/speed.py feed --data=data/ham10000   # batches without a model
 python benchmarks/speed.py memory    # of a training step, as compiled
-python benchmarks/speed.py startup   # seconds from the command to the first step
+python benchmarks/speed.py startup   # seconds from the command to the first step or answer
 
 Absolute times differ from hour to hour on a shared machine. So the contestants take turns, each
 round compares them within seconds, and the ratio given is the median of the rounds' ratios.
@@ -59,7 +59,10 @@ _DATA = flags.DEFINE_string(
     "data", None, "loop, feed: photographs and metadata; default: the demonstration's lesions."
 )
 _ORIGINALS = flags.DEFINE_string(
-    "originals", None, "feed: a folder of photographs for those who decode; default: --data."
+    "originals", None, "feed, startup: a folder of photographs; default: --data, one drawn."
+)
+_STARTS = flags.DEFINE_string(
+    "starts", "", "startup: a regular expression; only what it finds in a row's name is measured."
 )
 _JSON = flags.DEFINE_string("json", None, "The file to write; default: runs/benchmark/<what>.json.")
 _CONTESTANT = flags.DEFINE_string("contestant", None, "Internal: run as a worker.")
@@ -563,44 +566,77 @@ def _feed_turn(step: Callable[[], Any], batch_size: int) -> Callable[[], float]:
 
 
 def startup() -> dict[str, Any]:
-    """Seconds from a command to its first sign of life."""
+    """Seconds from a command to its first sign of life, or to its end where it answers."""
     results: dict[str, list[float]] = {}
-    python = [sys.executable, "-m", "ham_jax.main"]
+    environment = os.environ | {"HAM_JAX_VENV": sys.prefix, "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryDirectory() as folder, console.progress("startup") as progress:
-        run = [*python, "--config=configs/demo.py", "--config.log.every_steps=1"]
-        run += ["--config.train.duration={'steps': 1}", "--config.optim.warmup={'steps': 0}"]
-        wrong = [*python, "--config=configs/demo.py", "--config.train.batchsize=8"]
+        photograph = _photograph(folder)
         for number in range(_ROUNDS.value):
-            environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache{number}"}
-            commands = {
-                "--help": ([*python, "--help"], ""),
-                "an error in the configuration": (wrong, "batchsize"),
-                "first step, cold compile cache": (run, "step 1/1"),
-                "first step, warm compile cache": (run, "step 1/1"),
-            }
-            for name, (command, sign) in commands.items():
-                workdir = f"{folder}/run"
-                shutil.rmtree(workdir, ignore_errors=True)
-                start = time.perf_counter()
-                with subprocess.Popen(
-                    [*command, f"--workdir={workdir}"],
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                    env=environment,
-                ) as process:
-                    assert process.stdout
-                    text = iter(process.stdout.readline, "")
-                    next(line for line in text if sign in line)
-                    results.setdefault(name, []).append(time.perf_counter() - start)
-                    process.stdout.read()
+            environment["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/cache{number}"
+            for name, (command, sign) in _starts(folder, photograph).items():
+                shutil.rmtree(f"{folder}/run", ignore_errors=True)
+                taken = _seconds_until(sign, command, environment)
+                results.setdefault(name, []).append(taken)
             progress(number + 1, _ROUNDS.value)
     rows = [
-        [name, *(f"{f(each):.1f}" for f in (statistics.median, min, max))]
+        [name, *(f"{f(each):.2f}" for f in (statistics.median, min, max))]
         for name, each in results.items()
     ]
     console.print_table("seconds", ["until", "median", "min", "max"], rows)
     return results
+
+
+def _starts(folder: str, photograph: str) -> dict[str, tuple[list[str], str | None]]:
+    """Returns the commands of `startup` with what they print when they live; None: they end."""
+    python = [sys.executable, "-m", "ham_jax.main", f"--workdir={folder}/run"]
+    run = [*python, "--config=configs/demo.py", "--config.log.every_steps=1"]
+    run += ["--config.train.duration={'steps': 1}", "--config.optim.warmup={'steps': 0}"]
+    wrong = [*python, "--config=configs/demo.py", "--config.train.batchsize=8"]
+    shell = [str(ROOT / "launch.sh"), "--mode=predict", f"--images={photograph}"]
+    answer = ([*shell, f"--output={folder}/answers.csv"], None)
+    # As a person does who imports it, loads the model that comes along, and asks.
+    code = f"import ham_jax; print(ham_jax.load().predict({photograph!r})[0].prediction)"
+    in_python = ([sys.executable, "-c", code], None)
+    starts = {
+        "--help": ([*python, "--help"], ""),
+        "an error in the configuration": (wrong, "batchsize"),
+        "first answer in Python, cold compile cache": in_python,
+        "first answer in Python, warm compile cache": in_python,
+        "one photograph in the shell, warm compile cache": answer,
+        "first step, cold compile cache": (run, "step 1/1"),
+        "first step, warm compile cache": (run, "step 1/1"),
+    }
+    return {name: start for name, start in starts.items() if re.search(_STARTS.value, name)}
+
+
+def _photograph(folder: str) -> str:
+    """Returns the first of --originals, or else draws one."""
+    if _ORIGINALS.value:
+        return str(next(path for path in sorted(Path(_ORIGINALS.value).rglob("*.jpg"))))
+    from ham_jax.data import image, synthetic
+
+    image.save_jpeg(synthetic.draw("nv", [0], [0]), f"{folder}/lesion.jpg", quality=90)
+    return f"{folder}/lesion.jpg"
+
+
+def _seconds_until(
+    sign: str | None, command: Sequence[str], environment: Mapping[str, str]
+) -> float:
+    """Returns how long a command takes until it prints a text, or ends."""
+    start = time.perf_counter()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
+        assert process.stdout
+        if sign is not None:
+            next(line for line in iter(process.stdout.readline, "") if sign in line)
+            taken = time.perf_counter() - start
+        said = process.stdout.read()
+    if sign is None:
+        taken = time.perf_counter() - start
+        if process.returncode:
+            raise RuntimeError(f"{shlex.join(command)} failed: {said}")
+    return taken
 
 
 def _has_torch() -> bool:
