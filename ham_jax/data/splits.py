@@ -6,7 +6,9 @@ recognise lesions instead of diagnosing them. Here a lesion's images always stay
 
 import dataclasses
 import hashlib
+import itertools
 import math
+import operator
 import os
 import pathlib
 from collections import defaultdict
@@ -249,16 +251,19 @@ def audit(
     counts = pd.DataFrame(counts).reindex(classes.names).fillna(0).astype(int).rename_axis("dx")
     counts.loc["total"] = counts.sum()
 
-    num_splits = rows.groupby("lesion_id")["split"].nunique()
+    pairs = rows[["lesion_id", "split"]].drop_duplicates()
+    shared = pairs["lesion_id"][pairs["lesion_id"].duplicated()].unique()
     hashed = rows[~_blank(rows["file_sha256"])]
+    repeated = hashed[hashed["file_sha256"].duplicated(keep=False)]
+    repeated = repeated.sort_values("file_sha256", kind="stable")
+    files_of = zip(*(repeated[k] for k in ("file_sha256", "image_id", "split")), strict=True)
     duplicates = tuple(
-        tuple(zip(group["image_id"], group["split"], strict=True))
-        for _, group in hashed.groupby("file_sha256")
-        if len(group) > 1
+        tuple((name, split) for _, name, split in group)
+        for _, group in itertools.groupby(files_of, operator.itemgetter(0))
     )
     return Audit(
         counts=counts,
-        shared_lesions=tuple(num_splits.index[num_splits > 1]),
+        shared_lesions=tuple(sorted(shared)),
         duplicate_files=duplicates if len(hashed) else None,
         missing=pd.DataFrame(missing),
     )
