@@ -7,6 +7,8 @@ repeat a few hundred: what is measured is all that is done a row, not what is do
 of the rows are validation images. Each stage runs in a process of its own, whose peak memory it is.
 """
 
+import contextlib
+import hashlib
 import json
 import os
 import resource
@@ -30,7 +32,10 @@ from ham_jax import console, files  # noqa: E402
 from ham_jax.classes import HAM10000  # noqa: E402
 
 _ROWS = flags.DEFINE_multi_integer("rows", [10_000, 100_000, 1_000_000], "Photographs; repeatable.")
-_FOLDER = flags.DEFINE_string("folder", None, "Where 1.5 GB may lie meanwhile; default: as TMPDIR.")
+_FOLDER = flags.DEFINE_string(
+    "folder", None, "Keeps what is made there, 1 GB, for the next time; default: is made anew."
+)
+_ASKED = flags.DEFINE_multi_string("only", None, "Stages; repeatable. Default: all.")
 _JSON = flags.DEFINE_string("json", "runs/benchmark/scale.json", "The file to write.")
 _STAGE = flags.DEFINE_string("stage", None, "Internal: the stage that this process measures.")
 
@@ -38,6 +43,7 @@ _CANVAS = (8, 8)
 _SHARES = (0.033, 0.051, 0.11, 0.0115, 0.111, 0.67, 0.0135)  # of the lesions, about HAM10000's
 _IN_A_FOLDER = 10_000
 _TINY = 300  # records that are drawn and decoded
+_PHOTOGRAPH = b"never decoded"
 
 
 def table(num_rows: int) -> pd.DataFrame:
@@ -60,18 +66,16 @@ def table(num_rows: int) -> pd.DataFrame:
 
 def make(folder: Path, num_rows: int) -> None:
     """Makes `raw`, `prepared` and a run's `report` of so many photographs."""
-    import hashlib
-
     from array_record.python import array_record_module
 
-    from ham_jax.data import layouts, records, synthetic
+    from ham_jax.data import records, synthetic
 
     rows = table(num_rows)
     for first in range(0, num_rows, _IN_A_FOLDER):
         part = folder / "raw" / f"part_{first // _IN_A_FOLDER:03}"
         part.mkdir(parents=True)
         names = rows["image_id"][first : first + _IN_A_FOLDER]
-        (part / f"{names.iloc[0]}.jpg").write_bytes(b"never decoded")
+        (part / f"{names.iloc[0]}.jpg").write_bytes(_PHOTOGRAPH)
         for name in names[1:]:
             os.link(part / f"{names.iloc[0]}.jpg", part / f"{name}.jpg")
     rows.to_csv(folder / "raw" / "metadata.csv", index=False)
@@ -80,7 +84,7 @@ def make(folder: Path, num_rows: int) -> None:
     tiny = records.prepare(folder / "tiny", _CANVAS, folder / "tiny_records", allow_partial=True)
     serialized = records.open_records(tiny)._serialized
     examples = [serialized[i] for i in range(len(serialized))]
-    raw = layouts.find(folder / "raw")
+    raw = _raw(rows)
     fingerprint = records._fingerprint(raw, _CANVAS)
     made = folder / "prepared" / "ham10000" / f"8x8-{fingerprint[:10]}" / "1.0.0"
     shutil.copytree(tiny, made, ignore=shutil.ignore_patterns("*array_record*", "checksums.json"))
@@ -104,6 +108,15 @@ def make(folder: Path, num_rows: int) -> None:
     _judged(num_rows).write(folder / "report" / "predictions.csv")
 
 
+def _raw(rows: pd.DataFrame):
+    """Returns what `layouts.find` will find, so that its records count as made."""
+    from ham_jax.data import layouts
+
+    labels = rows["dx"].map({name: k for k, name in enumerate(HAM10000)})
+    whole = rows.assign(dataset="", label=labels)[["image_id", *layouts.COLUMNS, "label"]]
+    return layouts.RawData(HAM10000, whole, [], [len(_PHOTOGRAPH)] * len(rows))
+
+
 def _judged(num_rows: int):
     """Returns answers to a fifth of the photographs, right four times out of five."""
     from ham_jax.evaluation.predictions import METADATA, Predictions
@@ -123,10 +136,10 @@ def _judged(num_rows: int):
 
 
 def metadata(folder: Path) -> Callable[[], object]:
-    """The metadata part of preparing: walk, tables, their checks, fingerprint."""
-    from ham_jax.data import layouts, records
+    """A first start, up to the photographs: walk, tables, their checks, fingerprint, manifest."""
+    from ham_jax.data import records
 
-    return lambda: records._fingerprint(layouts.find(folder / "raw"), _CANVAS)
+    return lambda: records.prepare(folder / "raw", _CANVAS, folder / "prepared")
 
 
 def split(folder: Path) -> Callable[[], object]:
@@ -147,7 +160,7 @@ def audit(folder: Path) -> Callable[[], object]:
 
 
 def start(folder: Path) -> Callable[[], object]:
-    """From the configuration to the first batch on the device, as any but the first start."""
+    """From the configuration to the first batch on the device: any start but the first."""
     from ham_jax import parallel
     from ham_jax.data import feed, prepare
 
@@ -207,17 +220,14 @@ def main(argv: list[str]) -> None:
         _worker(Path(argv[1]), _STAGE.value)
         return
     results: dict[str, list] = {}
-    for num_rows in _ROWS.value:
-        with tempfile.TemporaryDirectory(dir=_FOLDER.value) as folder:
-            make(Path(folder), num_rows)
-            for stage in _STAGES:
-                command = [sys.executable, __file__, f"--stage={stage}", folder]
-                began = time.perf_counter()
-                done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-                taken = time.perf_counter() - began
-                measured = json.loads(done.stdout.splitlines()[-1]) | {"process_s": taken}
-                results.setdefault(stage, []).append(measured)
-                print(num_rows, stage, measured, flush=True)
+    with contextlib.ExitStack() as stack:
+        kept = _FOLDER.value or stack.enter_context(tempfile.TemporaryDirectory())
+        for num_rows in _ROWS.value:
+            folder = Path(kept, str(num_rows))
+            if not folder.exists():
+                make(folder, num_rows)
+            for stage in _ASKED.value or _STAGES:
+                results.setdefault(stage, []).append(_measured(stage, folder))
     rows = [
         [stage, *(f"{m['seconds']:.2f} s, {m['peak_mb']:,.0f} MB" for m in of_stage)]
         for stage, of_stage in results.items()
@@ -229,10 +239,19 @@ def main(argv: list[str]) -> None:
     print(f"Written: {output}")
 
 
+def _measured(stage: str, folder: Path) -> dict[str, float]:
+    """Returns seconds, peak memory, and seconds of the whole process with its imports."""
+    command = [sys.executable, __file__, f"--stage={stage}", str(folder)]
+    began = time.perf_counter()
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    taken = time.perf_counter() - began
+    measured = json.loads(done.stdout.splitlines()[-1]) | {"process_s": taken}
+    console.log_line(f"{folder.name} {stage}: {measured}")
+    return measured
+
+
 def _worker(folder: Path, stage: str) -> None:
     work = _STAGES[stage](folder)
-    if stage == "start":
-        work()  # the first start of all looks at everything
     began = time.perf_counter()
     work()
     seconds = time.perf_counter() - began
