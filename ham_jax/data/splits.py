@@ -47,7 +47,7 @@ def folds(table: pd.DataFrame, num_folds: int, seed: int) -> np.ndarray:
         seed is out of range.
     """
     lesions, faults = _lesions(table)
-    dx = lesions["dx"].to_numpy()
+    dx, _ = pd.factorize(lesions["dx"])  # numbers sort sooner than texts
     sizes = lesions["dx"].value_counts().sort_index()
     small = sizes[sizes < num_folds]
     if len(small):
@@ -235,16 +235,17 @@ def audit(
       The audit; finding a leak is no error here.
     """
     columns = ["image_id", "lesion_id", "dx", "file_sha256", *METADATA]
-    parts = [table.reindex(columns=columns).astype(object).assign(split=split)]
+    rows = table.reindex(columns=columns).assign(split=split)
     if test_table is not None:
-        parts.append(test_table.reindex(columns=columns).astype(object).assign(split="test"))
-    rows = pd.concat(parts, ignore_index=True)
+        tested = test_table.reindex(columns=columns).assign(split="test")
+        # As objects, for one of the two may lack a column that the other has.
+        rows = pd.concat([rows.astype(object), tested.astype(object)], ignore_index=True)
     rows["lesion_id"] = rows["lesion_id"].where(~_blank(rows["lesion_id"]), rows["image_id"])
     used = [name for name in SPLITS if (rows["split"] == name).any()]
 
     counts, missing = {}, {}
     for name in used:
-        part = rows[rows["split"] == name]
+        part = rows.loc[rows["split"] == name, ["lesion_id", "dx", *METADATA]]
         counts[f"{name}_images"] = part["dx"].value_counts()
         counts[f"{name}_lesions"] = part.drop_duplicates(["lesion_id", "dx"])["dx"].value_counts()
         missing[name] = {column: int(_blank(part[column]).sum()) for column in METADATA}
@@ -253,8 +254,8 @@ def audit(
 
     pairs = rows[["lesion_id", "split"]].drop_duplicates()
     shared = pairs["lesion_id"][pairs["lesion_id"].duplicated()].unique()
-    hashed = rows[~_blank(rows["file_sha256"])]
-    repeated = hashed[hashed["file_sha256"].duplicated(keep=False)]
+    is_hashed = ~_blank(rows["file_sha256"])
+    repeated = rows[is_hashed & rows["file_sha256"].duplicated(keep=False)]
     repeated = repeated.sort_values("file_sha256", kind="stable")
     files_of = zip(*(repeated[k] for k in ("file_sha256", "image_id", "split")), strict=True)
     duplicates = tuple(
@@ -264,7 +265,7 @@ def audit(
     return Audit(
         counts=counts,
         shared_lesions=tuple(sorted(shared)),
-        duplicate_files=duplicates if len(hashed) else None,
+        duplicate_files=duplicates if is_hashed.any() else None,
         missing=pd.DataFrame(missing),
     )
 
