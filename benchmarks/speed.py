@@ -527,7 +527,7 @@ def feed() -> dict[str, Any]:
         batches = feeds.batches(kind, images, order, _CALLS, mesh)
         return _feed_turn(lambda: view(next(batches)).block_until_ready(), batch_size)
 
-    turns = {"resident": ours("resident"), "stream": ours("stream")}
+    turns = {kind: ours(kind) for kind in ("resident", "stream", "threads")}
     originals = Path(_ORIGINALS.value or config.data.dir)
     common = [f"--images={originals}", f"--px={px}", f"--batch={batch_size}"]
     peers = {"tf.data decode": [sys.executable, str(_PEERS / "tf_feed.py"), *common]}

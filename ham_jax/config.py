@@ -118,8 +118,10 @@ KEYS = (
         " 'test', which no fold ever sees.", range=(0, 0.4)),
     Key("data.val_share", 0.0, "Likewise a share that validates the network of data.num_folds = 1,"
         " such as one that the folds teach (loss.teacher). No fold uses it.", range=(0, 0.4)),
-    Key("data.feed", "auto", "How images reach the device: 'stream' reads them with tf.data,"
-        " 'resident' keeps the whole split on the device as uint8, 'auto' picks one of the two.",
+    Key("data.feed", "auto", "How images reach the device: 'stream' reads them as they are"
+        " needed (with tf.data, or with threads where TensorFlow is not installed), 'resident'"
+        " keeps the whole split on the device as uint8, 'auto' is 'resident' where that takes at"
+        " most a quarter of the memory.",
         choices=("auto", "stream", "resident"), free_on_resume=True),
     Key("data.num_workers", 0, "Processes that decode photographs in preparation. 0: one per core.",
         range=(0, _INF), free_on_resume=True, free_in_evaluation=True),

@@ -6,6 +6,7 @@ process p holds a contiguous run of each global batch's rows.
 
 import dataclasses
 import importlib.util
+import itertools
 import os
 import secrets
 import signal
@@ -44,6 +45,9 @@ _MPI_VARIABLES = (
 _PORTS = range(61440, 65536)
 _PATIENCE_S = 10  # for a network file system to show a new file
 _WAITING_S = 20  # before it is said that a job is not complete
+_HOURS_MS = 48 * 3600 * 1000
+_FAULT_ELSEWHERE = "The main process has found the input wrong; it says why."
+_told_texts = itertools.count()  # numbers of `from_main`'s calls, the same on all processes
 _claims: list[socket.socket] = []  # of ports, open as long as this process lives
 _GRACE_S = 2  # for processes that fail alike to say so, before the coordinator takes them along
 
@@ -495,7 +499,31 @@ def on_main(check: Callable[[], None]) -> None:
         except InputError as raised:
             error = raised
     if broadcast(int(error is not None)):
-        raise error or InputError("The main process has found the input wrong; it says why.")
+        raise error or InputError(_FAULT_ELSEWHERE)
+
+
+def from_main(make: Callable[[], str]) -> str:
+    """Returns on every process the text that `make` returns on the main one.
+
+    The others wait for hours if need be, which they could not in a collective operation. Every
+    process raises InputError where `make` does.
+    """
+    if jax.process_count() == 1:
+        return make()
+    client, key = distributed.global_state.client, f"ham_jax/from_main/{next(_told_texts)}"
+    assert client is not None  # there are several processes
+    if not is_main():
+        kind, _, text = client.blocking_key_value_get(key, _HOURS_MS).partition(" ")
+        if kind == "fault":
+            raise InputError(_FAULT_ELSEWHERE)
+        return text
+    try:
+        text = make()
+    except InputError:
+        client.key_value_set(key, "fault")
+        raise
+    client.key_value_set(key, f"text {text}")
+    return text
 
 
 def check_shared(folder: Path) -> None:
