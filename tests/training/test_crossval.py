@@ -53,7 +53,7 @@ def linear(model_config, num_classes, num_metadata):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def linear_networks():
+def linear_networks(optimized):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "build", linear)
         yield
