@@ -11,9 +11,11 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 _CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-# Tests compile much and compute little: LLVM's optimisations take several times what they save.
-# Where the last digits are those of users' programs, the fixture `optimized` turns them on.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+# LLVM's third level compiles the draws of initial weights for ten times as long as the second, to
+# the same bits. 3 in XLA_FLAGS brings it back.
+_LEVEL = "--xla_backend_optimization_level"
+if _LEVEL not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_LEVEL}=2".strip()
 
 import pytest  # noqa: E402
 
@@ -75,18 +77,6 @@ def pytest_runtest_call(item):
             " among the slow ones in tests/conftest.py."
         )
     return result
-
-
-@pytest.fixture(scope="module")
-def optimized():
-    """Compiles with LLVM's optimisations, as users do."""
-    import jax
-
-    option = "jax_disable_most_optimizations"
-    before = jax.config.read(option)
-    jax.config.update(option, False)
-    yield
-    jax.config.update(option, before)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +161,6 @@ def tiny_run(tiny_records, tmp_path_factory):
             c.model.stem = "small"
             c.augment.crop_px = 16
             c.optim.warmup = {"steps": 0}
-            c.optim.ema_decay = 0.9
             c.train.batch_size = 8
             c.train.duration = {"steps": 2}
             c.log.tensorboard = False

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def trained(tiny_run, small_resnet18):
-    return tiny_run()
+    return tiny_run(**{"optim.ema_decay": "0.9"})
 
 
 @pytest.fixture

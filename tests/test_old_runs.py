@@ -35,7 +35,7 @@ def without_what_is_new(tree, before):
 
 
 @pytest.fixture
-def mesh(optimized, monkeypatch):
+def mesh(monkeypatch):
     monkeypatch.setattr(models, "build", linear)
     return jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
 

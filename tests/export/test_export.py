@@ -23,7 +23,7 @@ from ham_jax.training import loop
 
 @pytest.fixture(scope="module")
 def trained(tiny_run, small_resnet18):
-    return tiny_run()
+    return tiny_run(**{"optim.ema_decay": "0.9"})
 
 
 def options(dtype="float32", files=()):

@@ -53,7 +53,7 @@ def linear(model_config, num_classes, num_metadata):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def linear_networks(optimized):
+def linear_networks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "build", linear)
         yield
