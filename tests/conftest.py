@@ -11,6 +11,11 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 _CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+# LLVM's third level compiles the draws of initial weights for ten times as long as the second, to
+# the same bits. 3 in XLA_FLAGS brings it back.
+_LEVEL = "--xla_backend_optimization_level"
+if _LEVEL not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_LEVEL}=2".strip()
 
 import pytest  # noqa: E402
 
