@@ -10,6 +10,7 @@ are XLA's estimates (TPU alone) and sizes are what it plans.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import math
@@ -55,6 +56,9 @@ flags.register_validator(
 )
 _PROGRAM = flags.DEFINE_multi_enum("program", PROGRAMS, PROGRAMS, "What is compiled.")
 _SET = flags.DEFINE_multi_string("set", [], "key=value of the configuration.")
+_FORM = flags.DEFINE_enum(
+    "form", None, ["gathers", "products"], "Of the crop; default: what suits the target."
+)
 _JSON = flags.DEFINE_string("json", "runs/benchmark/compile_ahead.json", "The file to write.")
 _DUMP = flags.DEFINE_string("dump", None, "A folder for the compiled programs' text.")
 
@@ -383,13 +387,17 @@ def compiled(target: str, program: str, config) -> dict[str, Any]:
     import jax
     import numpy as np
 
+    from ham_jax.data import preprocess
+
     devices = devices_of(target)
     per_device = config.train.batch_size
     config = config.copy_and_resolve_references()
     config.train.batch_size = per_device * len(devices)
     mesh = jax.sharding.Mesh(np.array(devices), ("data",))
     start = time.perf_counter()
-    given, num_leaves = lowered(program, config, mesh)
+    form = preprocess.in_form(_FORM.value) if _FORM.value else contextlib.nullcontext()
+    with form:
+        given, num_leaves = lowered(program, config, mesh)
     done = given.compile()
     seconds = time.perf_counter() - start
     text = done.as_text()

@@ -124,10 +124,13 @@ def _sides(size_px: int, reach: float, ratio: float) -> tuple[int, int]:
       reach: largest angle, 45 degrees at the most.
       ratio: of the longer to the shorter side of its box.
     """
-    before = math.cos(reach) + ratio * math.sin(reach)
-    after = 1 + ratio * math.tan(reach / 2)
-    margin = 4  # pixels that cubics look at beyond
-    return tuple(size_px + 2 * math.ceil(size_px * (s - 1) / 2) + margin for s in (before, after))
+    # A cubic looks two pixels beyond, and what it looks at has been moved by cubics before.
+    before = math.cos(reach) + ratio * math.sin(reach), 6
+    after = 1 + ratio * math.tan(reach / 2), 2
+    return tuple(
+        size_px + 2 * (math.ceil(size_px * (share - 1) / 2) + margin)
+        for share, margin in (before, after)
+    )
 
 
 def _sheared(image: jax.Array, axis: int, factor: jax.Array, side: int, bound: float) -> jax.Array:

@@ -126,7 +126,7 @@ def compiled(monkeypatch):
     for name, value in ahead.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     flags.FLAGS.mark_as_parsed()
-    with flagsaver.flagsaver(dump=None):
+    with flagsaver.flagsaver(dump=None, form=None):
         yield functools.partial(ahead.compiled, "v5e:2x2")
 
 
@@ -153,6 +153,6 @@ def test_a_target_that_is_not_installed_is_left_out(monkeypatch, tmp_path, capsy
     flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(target=["v5e:2x2", "h100x1"], json=str(tmp_path / "out.json")):
         ahead.main(["compile_ahead.py"])
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "v5e:2x2: the package libtpu is not installed: left out." in said
     assert json.loads((tmp_path / "out.json").read_text())["programs"] == {}

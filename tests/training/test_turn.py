@@ -63,6 +63,15 @@ def test_a_turn_that_reduces_does_not_alias(form):
     np.testing.assert_allclose(inner, 0.5, atol=0.01)
 
 
+@pytest.mark.parametrize("form", turn.TURNERS)
+def test_nothing_is_seen_that_is_not_in_the_canvas(form):
+    white, ratio = np.full((4, 36, 48, 3), 255, np.uint8), 4 / 3
+    boxes = jnp.array([[0.0, 0.0, 36.0, 48.0], [0.0, 6.0, 36.0, 27.0]] * 2)
+    angles, most = jnp.array([0.25, 0.25, -0.25, -0.25]) * math.pi, turn.Most(math.pi / 4, ratio)
+    view = in_form(form, white, boxes, angles, jnp.int32(0), 30, most)
+    np.testing.assert_allclose(view, 1.0, atol=1e-5)
+
+
 def photographs(folder, number):
     """Photographs halved to 300 x 225: noise and the blocks of JPEG are no part of the scene."""
     files = sorted(folder.glob("*.jpg"))[:number]
