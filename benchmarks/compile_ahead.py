@@ -441,33 +441,43 @@ _COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
 }
 
 
+def _works(target: str) -> Iterator[tuple[str, str, Any]]:
+    """Yields (what is compiled for whom, the program, its configuration)."""
+    done = set()
+    for work in _WORK.value:
+        name, px, batch_size = work.split(":")
+        config = configuration.base()
+        config.model.name, config.augment.crop_px = name, int(px)
+        config.train.batch_size, config.data.canvas = int(batch_size), (300, 400)
+        changes = [entry.partition("=")[::2] for entry in _SET.value]
+        if faults := configuration.override(config, changes):
+            raise app.UsageError(" ".join(faults))
+        for program in _PROGRAM.value:
+            # Augmentation is the same for all networks.
+            what = f"{px}:{batch_size}" if program.startswith("augment") else work
+            if (what, program) not in done:
+                done.add((what, program))
+                yield f"{target} {what} {program}", program, config
+
+
 def main(argv: list[str]) -> None:
     """Compiles what the flags say and shows and writes what came of it."""
     if argv[1:]:
         raise app.UsageError(f"Nothing is to follow the flags: {argv[1]}.")
     logging.set_verbosity(logging.WARNING)
     os.environ |= ENVIRONMENT
-    results, rows = {}, []
+    results = {}
     for target in _TARGET.value or (*TPU, f"{H100}1", f"{H100}8"):
         try:
             devices_of(target)
         except ImportError as error:
             console.log_line(f"{error}: left out.")
             continue
-        for work in _WORK.value:
-            name, px, batch_size = work.split(":")
-            config = configuration.base()
-            config.model.name, config.augment.crop_px = name, int(px)
-            config.train.batch_size, config.data.canvas = int(batch_size), (300, 400)
-            changes = [entry.partition("=")[::2] for entry in _SET.value]
-            if faults := configuration.override(config, changes):
-                raise app.UsageError(" ".join(faults))
-            for program in _PROGRAM.value:
-                with console.progress(f"{target} {work} {program}"):
-                    result = compiled(target, program, config)
-                results[f"{target} {work} {program}"] = result
-                rows.append([target, work, program, *(show(result) for show in _COLUMNS.values())])
-    console.print_table("Compiled ahead", ["target", "work", "program", *_COLUMNS], rows)
+        for name, program, config in _works(target):
+            with console.progress(name):
+                results[name] = compiled(target, program, config)
+    rows = [[name, *(show(r) for show in _COLUMNS.values())] for name, r in results.items()]
+    console.print_table("Compiled ahead", ["", *_COLUMNS], rows)
     for name, result in results.items():
         if result["targets"]:
             print(name, *(f"{n} x {t}" for t, n in result["targets"].items()), sep="\n  ")

@@ -100,10 +100,11 @@ def test_what_xla_compiles_is_read():
     summed = facts(lambda x: x.sum(0), [rows], image, out_shardings=whole)
     assert (summed["all-reduce"], summed["all-reduce bytes"]) == (1, 1200)
     assert (summed["all-gather"], summed["gathers"], summed["donated"]) == (0, 0, 0)
-    gathered = facts(lambda x: 2 * x, [rows], image, out_shardings=whole, donate_argnums=0)
+    gathered = facts(lambda x: 2 * x, [rows], image, out_shardings=whole)
     assert (gathered["all-gather"], gathered["all-gather bytes"]) == (1, 16 * 1200)
     index = np.zeros((16, 10), np.int32)
-    taken = facts(jax.vmap(lambda x, i: x[i]), [rows, rows], image, index, donate_argnums=0)
+    take = jax.vmap(lambda x, i: x[i])
+    taken = facts(take, [rows, rows], image, index, donate_argnums=0, out_shardings=rows)
     assert (taken["gathers"], taken["all-gather"], taken["donated"]) == (1, 0, 1)
     dims = ("NHWC", "HWIO", "NHWC")
     conv = functools.partial(
