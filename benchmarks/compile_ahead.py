@@ -257,7 +257,11 @@ def _counts(
       batch_size: see `facts`.
       image_size: likewise.
     """
-    moved = [*op.results, *read]
+    made = list(op.results)
+    if op.opcode.endswith("-start") and op.opcode != "all-reduce-start":
+        for array in filter(made.__contains__, read):  # a tuple of operands and results
+            made.remove(array)
+    moved = [*made, *read]
     kinds = {inner.opcode.removesuffix("-start") for inner in within} - {"fusion"}
     gathers = [inner.results[0].size for inner in within if inner.opcode == "gather"]
     maps = [a for a in op.results if len(a.dims) >= 3 and batch_size in a.dims]
@@ -270,10 +274,7 @@ def _counts(
         "copies": bool(only_moves and maps and op.opcode != "copy-start"),
     }
     for kind in kinds & set(_BETWEEN_DEVICES):
-        num_bytes = sum(array.num_bytes for array in op.results)
-        if op.opcode.endswith("-start") and kind != "all-reduce":  # (operands, results)
-            num_bytes -= sum(array.num_bytes for array in read)
-        counts |= {kind: 1, f"{kind} bytes": num_bytes}
+        counts |= {kind: 1, f"{kind} bytes": sum(array.num_bytes for array in made)}
     return counts
 
 
