@@ -466,27 +466,28 @@ def _crop_forms(canvas: tuple[int, int], px: int, batch_size: int) -> tuple[tupl
     import numpy as np
 
     from ham_jax.data import preprocess
-    from ham_jax.training import augment
+    from ham_jax.training import augment, turn
 
     image = np.random.default_rng(0).integers(0, 256, (batch_size, *canvas, 3), np.uint8)
     keys = jax.random.split(jax.random.key(0), 3)
     section = configuration.base().augment
     boxes = augment.draw_boxes(keys[0], batch_size, *canvas, section.crop_scale, section.crop_ratio)
     k = jax.random.randint(keys[1], (batch_size,), 0, 8)
-    matrix = augment.draw_turns(keys[2], batch_size, math.pi / 4)
+    angle = augment.draw_angles(keys[2], batch_size, math.pi / 4)
+    most = turn.Most(math.pi / 4, canvas[1] / canvas[0])
 
     def in_form(form):
-        def view(image, boxes, k, matrix):
+        def upright(image, boxes, k, angle):
             with preprocess.in_form(form):
                 return preprocess.resample_dihedral(image, boxes, k, px)
 
-        return jax.jit(view)
+        def turned(image, boxes, k, angle):
+            with preprocess.in_form(form):
+                return turn.resample_turned(image, boxes, angle, k, px, most)
 
-    def turned(image, boxes, k, matrix):
-        return preprocess.dihedral(augment.resample_warped(image, boxes, matrix, px), k)
+        return {form: jax.jit(upright), f"{form}, turned": jax.jit(turned)}
 
-    forms = {form: in_form(form) for form in ("products", "gathers")} | {"turned": jax.jit(turned)}
-    return (jnp.asarray(image), boxes, k, matrix), forms
+    return (jnp.asarray(image), boxes, k, angle), in_form("products") | in_form("gathers")
 
 
 def _crop_turn(view, given: tuple, batch_size: int) -> Callable[[], float]:

@@ -135,6 +135,9 @@ KEYS = (
     Key("model.zero_init_residual", True, "Start each residual branch of a ResNet at zero."),
     Key("model.dtype", "auto", "Type of the computation; parameters are float32. 'auto': bfloat16"
         " on GPU and TPU, float32 on CPU.", choices=("auto", "float32", "bfloat16")),
+    Key("model.batch_norm", "global", "Over which images BatchNorm takes mean and variance in"
+        " training: the whole batch ('global'), each 'host' or each 'device' its own. See"
+        " docs/clusters.md.", choices=("global", "host", "device")),
     Key("model.dropout", 0.0, "Dropout rate of the features before the head.", range=(0, 0.9)),
     Key("model.drop_path", 0.0, "Stochastic depth: drop rate of the last block; the rate rises"
         " linearly from 0 at the first.", range=(0, 0.9)),

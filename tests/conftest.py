@@ -35,6 +35,7 @@ _SLOW = {
         "test_model",
         "test_old_runs",
         "test_speed",
+        "test_compile_ahead",
     ),
     *("test_onnx", "test_stablehlo", "test_released"),
     *("test_calibration", "test_corruptions", "test_explain", "test_report"),
@@ -43,6 +44,8 @@ _SLOW = {
     *(
         "test_pretrained",
         "test_augment",
+        "test_turn",
+        "test_norm",
         "test_distill",
         "test_step",
         "test_losses",
