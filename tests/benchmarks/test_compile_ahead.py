@@ -135,7 +135,9 @@ def compiled(monkeypatch):
 @pytest.mark.parametrize("program", ["augment", "augment all"])
 def test_on_tpu_augmentation_looks_no_pixels_up(program, compiled):
     facts = compiled(program, settings())
-    assert facts["gathers"] == facts["loops"] == facts["all-gather"] == 0
+    assert facts["gathers"] == facts["all-gather"] == 0
+    # Mixup draws its shares from a Beta distribution, by rejection.
+    assert facts["loops"] == 0 or program == "augment all"
 
 
 @needs_libtpu
@@ -147,6 +149,7 @@ def test_on_tpu_a_step_donates_its_state_and_convolves_as_it_was_written(compile
     convolutions = [name for name in facts["targets"] if name.startswith("convolution")]
     # The batch may move beside the width; the channels stay last.
     assert any("1f_01io->" in name for name in convolutions), convolutions
+    assert not any("bf01_" in name for name in convolutions), convolutions
 
 
 def test_a_target_that_is_not_installed_is_left_out(monkeypatch, tmp_path, capsys):
