@@ -41,12 +41,20 @@ from ham_jax import config as configuration  # noqa: E402
 from ham_jax import console, files  # noqa: E402
 
 _WORK = flags.DEFINE_multi_string(
-    "work", None, "step, loop, conv: model:pixels:batch, as resnet18:128:32; may be repeated."
+    "work",
+    None,
+    "step, loop, conv: model:pixels:batch, as resnet18:128:32, or model:pixels:batch:frozen, of which"
+    " stem, stage 1 and stage 2 are not trained; may be repeated.",
 )
 flags.register_validator(
     "work",
-    lambda works: all(re.fullmatch(r"\w+:\d+:\d+", work) for work in works or ()),
-    "must be model:pixels:batch, such as resnet18:128:32.",
+    lambda works: all(re.fullmatch(r"\w+:\d+:\d+(:frozen)?", work) for work in works or ()),
+    "must be model:pixels:batch, such as resnet18:128:32, or model:pixels:batch:frozen.",
+)
+_AGAINST = flags.DEFINE_list(
+    "against",
+    ["stock Flax", "PyTorch eager", "PyTorch compile"],
+    "step: whom ours is compared with; stock Flax takes half a minute a step where maps are large.",
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "How often each contestant has its turn.", 1)
 _SECONDS = flags.DEFINE_float("seconds", 2.0, "How long a turn takes, about.", 0.01)
@@ -65,10 +73,18 @@ _JSON = flags.DEFINE_string("json", None, "The file to write; default: runs/benc
 _CONTESTANT = flags.DEFINE_string("contestant", None, "Internal: run as a worker.")
 
 _CALLS = [range(n, n + 1) for n in range(100_000)]  # more than a turn takes
-_ON_CPU = ("resnet18:64:32", "efficientnet_lite0:128:32", "resnet18:128:32", "resnet50:224:8")
+_ON_CPU = (
+    "resnet18:64:32",
+    "efficientnet_lite0:128:32",
+    "resnet18:128:32",
+    "resnet50:224:8",
+    "efficientnet_lite0:224:64:frozen",
+    "efficientnet_lite2:224:64:frozen",
+)
 _ON_ACCELERATOR = ("resnet50:224:256", "efficientnet_lite0:224:256")
 _CONFIGS = ("demo:", "resnet:18", "resnet:50", "efficientnet_lite:0")
 _CROPS = (((300, 400), 224, 64), ((300, 400), 224, 256))  # canvas, pixels, batch
+_EARLY = ("/stem/", "/stage1/", "/stage2/")  # what `frozen` freezes
 _PEERS = ROOT / "benchmarks" / "peers"
 
 
@@ -141,6 +157,7 @@ def step() -> dict[str, Any]:
         if _has_torch():
             for form in ("eager", "compile"):
                 commands[f"PyTorch {form}"] = [*_peer_command("torch_step", work), f"--form={form}"]
+        commands = {name: c for name, c in commands.items() if name in ("ours", *_AGAINST.value)}
         # While a contestant waited, the system took back memory; its first step asks for it anew.
         results[work] = _contest(work, commands, "a training step", untimed=1)
     return results
@@ -166,9 +183,9 @@ def _own_command(what: str, work: str, form: str) -> list[str]:
 
 
 def _peer_command(script: str, work: str) -> list[str]:
-    name, px, batch = work.split(":")
+    name, px, batch, *frozen = work.split(":")
     command = [_TORCH.value, str(_PEERS / f"{script}.py"), f"--model={name}"]
-    return [*command, f"--px={px}", f"--batch={batch}"]
+    return [*command, f"--px={px}", f"--batch={batch}", *(f"--{word}" for word in frozen)]
 
 
 def _contest(
@@ -179,7 +196,7 @@ def _contest(
         contestants = [
             stack.enter_context(Contestant(*item)) for item in commands.items()
         ]  # one after the other: each warms up alone
-        if len({c.about["parameters"] for c in contestants}) > 1:
+        if len({(c.about["parameters"], c.about["trained"]) for c in contestants}) > 1:
             raise RuntimeError(f"{work}: the networks differ in their number of parameters.")
         turns = {c.name: _turn(c, int(work.split(":")[2]), untimed) for c in contestants}
         results: dict[str, Any] = compared(rounds(turns, progress))
@@ -208,6 +225,7 @@ def _worker(what: str, form: str) -> None:
     from ham_jax.data import feed as feeds
     from ham_jax.data import prepare
     from ham_jax.models import conv
+    from ham_jax.training import optim
 
     parallel.compile_cache()
     mesh = parallel.mesh()
@@ -226,17 +244,20 @@ def _worker(what: str, form: str) -> None:
         label = np.arange(batch_size, dtype=np.int32) % 7
         batch = parallel.shard(mesh, {"image": image.astype(np.uint8), "label": label})
         batches = itertools.repeat(batch)
-    take, initial = _train_step(config, mesh)
-    state = initial()
     stock = conv.stock() if form == "stock Flax" else contextlib.nullcontext()
     with stock:
+        take, initial = _train_step(config, mesh)
+        state = initial()
         compiled = take.lower(state, next(batches)).compile()
     state, scalars = compiled(state, next(batches))
     jax.block_until_ready(scalars)
     device = jax.devices()[0]
     cost = compiled.cost_analysis() or {}
+    paths, sizes = optim.paths(state["params"]), [p.size for p in jax.tree.leaves(state["params"])]
+    frozen = "|".join(config.optim.freeze) or "$^"
     about = {
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state["params"])),
+        "parameters": sum(sizes),
+        "trained": sum(n for p, n in zip(paths, sizes, strict=True) if not re.search(frozen, p)),
         "gigaflop_per_image": cost.get("flops", 0) / batch_size / 1e9,
         "device": f"{jax.device_count()} x {device.device_kind}",
         "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax")},
@@ -312,12 +333,14 @@ def _with_data(config):
 
 
 def _config_of(work: str):
-    """Returns the configuration of model:pixels:batch, and the batch size."""
-    name, px, batch = work.split(":")
+    """Returns the configuration of a --work, and the batch size."""
+    name, px, batch, *frozen = work.split(":")
     config = configuration.base()
     config.model.name = name
     config.augment.crop_px = int(px)
     config.train.batch_size = int(batch)
+    if frozen:
+        config.optim.freeze = _EARLY
     configuration.validate(config)
     return config, int(batch)
 

@@ -118,6 +118,18 @@ def stock() -> Iterator[None]:
         _stock = False
 
 
+def compiler_options() -> dict[str, str]:
+    """Returns what XLA is told when it compiles gradients.
+
+    From jaxlib 0.12.0.1 on its CPU backend hands convolutions to YNNPACK, which is several times
+    slower than before at their weight gradients.
+    """
+    import os
+    v=os.environ.get("TRYYNN")
+    if v=="default": return {}
+    return {"xla_cpu_experimental_ynn_fusion_type": v or ""} if _on_cpu() else {}
+
+
 def _on_cpu() -> bool:
     return jax.default_backend() == "cpu" and not _stock
 
