@@ -3,6 +3,7 @@
 python benchmarks/speed.py step      # a training step: ours, stock Flax, PyTorch where installed
 python benchmarks/speed.py loop --data=data/ham10000   # feed, augmentation and step together
 python benchmarks/speed.py conv      # each form of each convolution: is the rule still right?
+python benchmarks/speed.py conv --table=FILE   # the fastest forms, for HAM_JAX_CONV_TABLE=FILE
 python benchmarks/speed.py crop      # the random crop: its forms, and a turned one
 python benchmarks/speed.py feed --data=data/ham10000   # batches without a model
 python benchmarks/speed.py memory    # of a training step, as compiled
@@ -43,8 +44,8 @@ from ham_jax import console, files  # noqa: E402
 _WORK = flags.DEFINE_multi_string(
     "work",
     None,
-    "step, loop, conv: model:pixels:batch, as resnet18:128:32, or model:pixels:batch:frozen, of which"
-    " stem, stage 1 and stage 2 are not trained; may be repeated.",
+    "step, loop, conv: model:pixels:batch, as resnet18:128:32, or model:pixels:batch:frozen, of"
+    " which stem, stage 1 and stage 2 are not trained; may be repeated.",
 )
 flags.register_validator(
     "work",
@@ -68,6 +69,9 @@ _DATA = flags.DEFINE_string(
 )
 _ORIGINALS = flags.DEFINE_string(
     "originals", None, "feed: a folder of photographs for those who decode; default: --data."
+)
+_TABLE = flags.DEFINE_string(
+    "table", None, "conv: a file of the fastest forms to write, for $HAM_JAX_CONV_TABLE."
 )
 _JSON = flags.DEFINE_string("json", None, "The file to write; default: runs/benchmark/<what>.json.")
 _CONTESTANT = flags.DEFINE_string("contestant", None, "Internal: run as a worker.")
@@ -349,7 +353,33 @@ def conv() -> dict[str, Any]:
     """Milliseconds of each form of each convolution of a network, and what the rule picks."""
     if _platform() != "cpu":
         raise app.UsageError("conv compares the forms on CPU; elsewhere there is only XLA's own.")
-    return {work: _conv_of(work) for work in _WORK.value or _ON_CPU}
+    results = {work: _conv_of(work) for work in _WORK.value or _ON_CPU}
+    if _TABLE.value:
+        _write_table(Path(_TABLE.value), [entry for each in results.values() for entry in each])
+    return results
+
+
+def _write_table(path: Path, measured: Sequence[Mapping[str, Any]]) -> None:
+    """Writes the fastest forms as this processor family's table, beside those of other families.
+
+    The rule's form stays where no other is 1.1 times as fast: the order of forms that lie closer
+    together changes from run to run. Of a convolution that was measured twice the last one counts.
+    """
+    from ham_jax.models import conv as room
+    from ham_jax.models import processor
+
+    table = files.read_json(path, "Delete it.") if path.exists() else {}
+    entries = {}
+    for each in measured:
+        geometry = room.Geometry(each["stride"], each["pads"], each["groups"])
+        given = each["x"], each["kernel"], geometry
+        forms = []
+        for form, ms in zip(room.rule(*given), each["ms"].values(), strict=True):
+            fastest = min(ms, key=ms.__getitem__)
+            forms.append(fastest if ms[form] > 1.1 * ms[fastest] else form)
+        entries[each["x"][1:], *given[1:]] = room.table_entry(*given, room.Forms(*forms))
+    files.write_json(path, table | {processor.family(): list(entries.values())})
+    print(f"Written: {path}; {room.TABLE}={path} makes training on this processor follow it.")
 
 
 def _conv_of(work: str) -> list[dict[str, Any]]:
@@ -437,7 +467,8 @@ def _time_forms(x, kernel, geometry) -> dict[str, dict[str, float]]:
                 x, kernel, *dy = arrays
                 return form(x, kernel, geometry, *dy)
 
-            compiled[name] = jax.jit(call).lower(*given).compile()
+            options = room.compiler_options()
+            compiled[name] = jax.jit(call, compiler_options=options).lower(*given).compile()
             jax.block_until_ready(compiled[name](*given))
         taken: dict[str, list[float]] = {name: [] for name in names}
         start = time.perf_counter()
@@ -661,6 +692,8 @@ def main(argv: list[str]) -> None:
     what = {f.__name__: f for f in (step, loop, conv, crop, feed, memory, startup)}
     if len(argv) != 2 or argv[1] not in what:
         raise app.UsageError(f"Say one of {', '.join(what)}.")
+    from ham_jax.models import processor
+
     results = what[argv[1]]()
     output = Path(_JSON.value or f"runs/benchmark/{argv[1]}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -668,6 +701,7 @@ def main(argv: list[str]) -> None:
         "command": shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
         "rounds": _ROUNDS.value,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "processor": processor.describe(),
         "python": platform.python_version(),
     }
     files.write_json(output, {**about, "results": results})

@@ -2,8 +2,10 @@
 
 On GPU and TPU they are XLA's own. XLA's CPU backend has cliffs, where the same sum written as a
 matrix product or as shifted slices is many times faster. There a convolution, its input gradient
-and its weight gradient each take the form that `choose` picks by the static shape;
-`python benchmarks/speed.py conv` times every form and shows where the choice is not the fastest.
+and its weight gradient each take the form that `choose` picks by the static shape.
+`python benchmarks/speed.py conv` times every form, shows where the choice is not the fastest, and
+with `--table` writes the fastest ones to a file, which `choose` follows where $HAM_JAX_CONV_TABLE
+names it. The same processor, table and shape always get the same form.
 Every form computes the same sums.
 
 Images are [B, H, W, C], kernels [kh, kw, C_in / groups, C_out].
@@ -13,7 +15,9 @@ import contextlib
 import functools
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -21,6 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+
+from ham_jax import files
+from ham_jax.config import InputError
+from ham_jax.models import processor
+
+TABLE = "HAM_JAX_CONV_TABLE"
+"""The environment variable that names a table of forms measured on the processor at hand."""
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
@@ -50,7 +61,23 @@ class Forms(NamedTuple):
 
 
 def choose(x: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> Forms:
-    """Returns the fastest forms on CPU for shapes x [B, H, W, C_in] and kernel."""
+    """Returns the forms on CPU for shapes x [B, H, W, C_in] and kernel.
+
+    Those that $HAM_JAX_CONV_TABLE has for this map, kernel and geometry, whatever the batch, else
+    those of `rule`.
+
+    Raises:
+      InputError: the table cannot be used.
+    """
+    table = _table(os.environ.get(TABLE, ""), processor.family())
+    return table.get((x[1:], kernel, geometry)) or rule(x, kernel, geometry)
+
+
+def rule(x: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> Forms:
+    """Returns the forms that were the fastest on an AMD EPYC, two cores, AVX2.
+
+    Every processor gets them: none with AVX-512, and none that is not x86, was measured.
+    """
     stride, pads, groups = geometry
     kh, kw, _, num_out = kernel
     depthwise = groups == x[-1] == num_out
@@ -69,6 +96,49 @@ def choose(x: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> F
         "phases" if stride > 1 and x[-1] >= 16 else "direct",
         "direct" if x[-1] <= 128 and pixels >= 196 else "rows" if stride == 1 else "inside",
     )
+
+
+def table_entry(x: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry, forms: Forms):
+    """Returns forms as an entry of a table: JSON, {processor family: [entry, ...]}."""
+    return {"x": x[1:], "kernel": kernel, **geometry._asdict(), **forms._asdict()}
+
+
+def faults() -> list[str]:
+    """Returns a sentence for each reason why $HAM_JAX_CONV_TABLE cannot be used."""
+    try:
+        _table(os.environ.get(TABLE, ""), processor.family())
+    except InputError as error:
+        return error.faults
+    return []
+
+
+@functools.cache
+def _table(path: str, family: str) -> dict[tuple, Forms]:
+    """Returns {(map, kernel, geometry): forms} of a processor family; {} without a path."""
+    if not path:
+        return {}
+    remedy = f"Write it with `python benchmarks/speed.py conv --table={path}`, or unset {TABLE}."
+    try:
+        entries = files.read_json(Path(path), remedy).get(family)
+    except OSError as error:
+        raise InputError(f"{TABLE}={path}: {error.strerror or error}. {remedy}") from error
+    if entries is None:
+        raise InputError(f"{TABLE}={path} has no entry for {family}, this processor. {remedy}")
+    table = {}
+    try:
+        for entry in entries:
+            map_shape, kernel = tuple(entry["x"]), tuple(entry["kernel"])
+            above, beside = entry["pads"]
+            pads = (tuple(above), tuple(beside))
+            geometry = Geometry(entry["stride"], pads, entry["groups"])
+            forms = Forms(entry["forward"], entry["input"], entry["weight"])
+            allowed = fitting((1, *map_shape), kernel, geometry)
+            if any(form not in names for form, names in zip(forms, allowed, strict=True)):
+                raise ValueError(f"{forms} do not all fit {map_shape}, {kernel}, {geometry}")
+            table[map_shape, kernel, geometry] = forms
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise InputError(f"{TABLE}={path} is no table of forms: {error!r}. {remedy}") from error
+    return table
 
 
 def conv(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, groups: int = 1) -> jax.Array:
@@ -125,8 +195,10 @@ def compiler_options() -> dict[str, str]:
     slower than before at their weight gradients.
     """
     import os
-    v=os.environ.get("TRYYNN")
-    if v=="default": return {}
+
+    v = os.environ.get("TRYYNN")
+    if v == "default":
+        return {}
     return {"xla_cpu_experimental_ynn_fusion_type": v or ""} if _on_cpu() else {}
 
 
