@@ -89,9 +89,12 @@ def rule(x: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> For
     if kh == kw == 1 and pads == ((0, 0), (0, 0)):
         return Forms("product", "product", "product")
     pixels = math.prod(_output_size(x, kernel, geometry))
-    if kh == kw == 3 and stride == 1 and min(x[-1], num_out) >= 64 and pixels >= 16:
-        # Of fewer channels the products are so short that reading and writing tiles takes longer.
-        form = "winograd" if min(x[-1], num_out) >= 128 else "direct"
+    num_products = x[0] * pixels * x[-1] * num_out  # for each of the kernel's taps
+    narrow = min(x[-1], num_out)
+    if kh == kw == 3 and stride == 1 and pixels >= 16 and narrow >= 64 and num_products >= 2**26:
+        # It takes seconds to compile, which less work does not pay back. Of 64 channels the forward
+        # products are so short that their time is that of reading and writing tiles.
+        form = "winograd" if narrow >= 128 else "direct"
         return Forms(form, form, "winograd")
     if pixels <= 49:
         return Forms("inside", "inside", "inside")
@@ -193,17 +196,12 @@ def stock() -> Iterator[None]:
 
 
 def compiler_options() -> dict[str, str]:
-    """Returns what XLA is told when it compiles gradients.
+    """Returns what XLA is told when it compiles gradients on CPU: not to use YNNPACK.
 
-    From jaxlib 0.12.0.1 on its CPU backend hands convolutions to YNNPACK, which is several times
-    slower than before at their weight gradients.
+    From jaxlib 0.12.0 on it computes a weight gradient of "direct" there up to eight times slower
+    than XLA's own convolution does. Elsewhere, and within `stock`, XLA is told nothing.
     """
-    import os
-
-    v = os.environ.get("TRYYNN")
-    if v == "default":
-        return {}
-    return {"xla_cpu_experimental_ynn_fusion_type": v or ""} if _on_cpu() else {}
+    return {"xla_cpu_experimental_ynn_fusion_type": ""} if _on_cpu() else {}
 
 
 def _on_cpu() -> bool:
@@ -430,7 +428,10 @@ def _weight_by_winograd(x, kernel, geometry, dy):
         across = lax.optimization_barrier(tile.reshape(-1, tile.shape[-1]).T)
         return across @ of_dy.reshape(-1, of_dy.shape[-1])
 
-    products = [[product(*pair) for pair in zip(*rows)] for rows in zip(tiles, of_dy, strict=True)]
+    products = [
+        [product(*pair) for pair in zip(*rows, strict=True)]
+        for rows in zip(tiles, of_dy, strict=True)
+    ]
     dk = _on_both_axes(_tile_to_kernel, products)
     return jnp.stack([jnp.stack(row) for row in dk]).astype(dtype)
 
