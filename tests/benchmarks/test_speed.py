@@ -71,8 +71,8 @@ def test_the_fastest_forms_become_a_table_beside_those_of_other_processors(tmp_p
     path.write_text('{"other": []}' if processor.family() != "other" else "{}")
     given = (8, 32, 32, 64), (3, 3, 64, 64), conv.Geometry(1, ((1, 1), (1, 1)))
     forms = conv.rule(*given)
-    ms = [dict.fromkeys(names, 9.0) for names in conv.fitting(*given)]
-    ms[0] |= {forms.forward: 10.0, "inside": 9.5}  # too close to the rule's
+    ms = [dict.fromkeys(names, 9.5) for names in conv.fitting(*given)]
+    ms[0][forms.forward] = 10.0  # too close to the rule's
     ms[2] |= {forms.weight: 10.0, "rows": 5.0}
     parts = dict(zip(("forward", "input", "weight"), ms, strict=True))
     measured = {"x": given[0], "kernel": given[1], **given[2]._asdict(), "ms": parts}
