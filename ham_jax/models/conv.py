@@ -17,7 +17,6 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -26,7 +25,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from ham_jax import files
+from ham_jax import reading
 from ham_jax.config import InputError
 from ham_jax.models import processor
 
@@ -126,9 +125,9 @@ def _table(path: str, family: str) -> dict[tuple, Forms]:
         return {}
     remedy = f"Write it with `python benchmarks/speed.py conv --table={path}`, or unset {TABLE}."
     try:
-        entries = files.read_json(Path(path), remedy).get(family)
-    except OSError as error:
-        raise InputError(f"{TABLE}={path}: {error.strerror or error}. {remedy}") from error
+        entries = reading.read_json(path).get(family)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{TABLE}={path} cannot be read: {error}. {remedy}") from error
     if entries is None:
         raise InputError(f"{TABLE}={path} has no entry for {family}, this processor. {remedy}")
     table = {}
