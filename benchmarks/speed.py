@@ -7,7 +7,7 @@ python benchmarks/speed.py conv --table=FILE   # the fastest forms, for HAM_JAX_
 python benchmarks/speed.py crop      # the random crop: its forms, and a turned one
 python benchmarks/speed.py feed --data=data/ham10000   # batches without a model
 python benchmarks/speed.py memory    # of a training step, as compiled
-python benchmarks/speed.py startup   # seconds from the command to the first step
+python benchmarks/speed.py startup   # seconds from the command to the first step or answer
 
 Absolute times differ from hour to hour on a shared machine. So the contestants take turns, each
 round compares them within seconds, and the ratio given is the median of the rounds' ratios.
@@ -68,7 +68,10 @@ _DATA = flags.DEFINE_string(
     "data", None, "loop, feed: photographs and metadata; default: the demonstration's lesions."
 )
 _ORIGINALS = flags.DEFINE_string(
-    "originals", None, "feed: a folder of photographs for those who decode; default: --data."
+    "originals", None, "feed, startup: a folder of photographs; default: --data, one drawn."
+)
+_STARTS = flags.DEFINE_string(
+    "starts", "", "startup: a regular expression; only what it finds in a row's name is measured."
 )
 _TABLE = flags.DEFINE_string(
     "table", None, "conv: a file of the fastest forms to write, for $HAM_JAX_CONV_TABLE."
@@ -517,27 +520,28 @@ def _crop_forms(canvas: tuple[int, int], px: int, batch_size: int) -> tuple[tupl
     import numpy as np
 
     from ham_jax.data import preprocess
-    from ham_jax.training import augment
+    from ham_jax.training import augment, turn
 
     image = np.random.default_rng(0).integers(0, 256, (batch_size, *canvas, 3), np.uint8)
     keys = jax.random.split(jax.random.key(0), 3)
     section = configuration.base().augment
     boxes = augment.draw_boxes(keys[0], batch_size, *canvas, section.crop_scale, section.crop_ratio)
     k = jax.random.randint(keys[1], (batch_size,), 0, 8)
-    matrix = augment.draw_turns(keys[2], batch_size, math.pi / 4)
+    angle = augment.draw_angles(keys[2], batch_size, math.pi / 4)
+    most = turn.Most(math.pi / 4, canvas[1] / canvas[0])
 
     def in_form(form):
-        def view(image, boxes, k, matrix):
+        def upright(image, boxes, k, angle):
             with preprocess.in_form(form):
                 return preprocess.resample_dihedral(image, boxes, k, px)
 
-        return jax.jit(view)
+        def turned(image, boxes, k, angle):
+            with preprocess.in_form(form):
+                return turn.resample_turned(image, boxes, angle, k, px, most)
 
-    def turned(image, boxes, k, matrix):
-        return preprocess.dihedral(augment.resample_warped(image, boxes, matrix, px), k)
+        return {form: jax.jit(upright), f"{form}, turned": jax.jit(turned)}
 
-    forms = {form: in_form(form) for form in ("products", "gathers")} | {"turned": jax.jit(turned)}
-    return (jnp.asarray(image), boxes, k, matrix), forms
+    return (jnp.asarray(image), boxes, k, angle), in_form("products") | in_form("gathers")
 
 
 def _crop_turn(view, given: tuple, batch_size: int) -> Callable[[], float]:
@@ -578,7 +582,7 @@ def feed() -> dict[str, Any]:
         batches = feeds.batches(kind, images, order, _CALLS, mesh)
         return _feed_turn(lambda: view(next(batches)).block_until_ready(), batch_size)
 
-    turns = {"resident": ours("resident"), "stream": ours("stream")}
+    turns = {kind: ours(kind) for kind in ("resident", "stream", "threads")}
     originals = Path(_ORIGINALS.value or config.data.dir)
     common = [f"--images={originals}", f"--px={px}", f"--batch={batch_size}"]
     peers = {"tf.data decode": [sys.executable, str(_PEERS / "tf_feed.py"), *common]}
@@ -617,44 +621,77 @@ def _feed_turn(step: Callable[[], Any], batch_size: int) -> Callable[[], float]:
 
 
 def startup() -> dict[str, Any]:
-    """Seconds from a command to its first sign of life."""
+    """Seconds from a command to its first sign of life, or to its end where it answers."""
     results: dict[str, list[float]] = {}
-    python = [sys.executable, "-m", "ham_jax.main"]
+    environment = os.environ | {"HAM_JAX_VENV": sys.prefix, "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryDirectory() as folder, console.progress("startup") as progress:
-        run = [*python, "--config=configs/demo.py", "--config.log.every_steps=1"]
-        run += ["--config.train.duration={'steps': 1}", "--config.optim.warmup={'steps': 0}"]
-        wrong = [*python, "--config=configs/demo.py", "--config.train.batchsize=8"]
+        photograph = _photograph(folder)
         for number in range(_ROUNDS.value):
-            environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache{number}"}
-            commands = {
-                "--help": ([*python, "--help"], ""),
-                "an error in the configuration": (wrong, "batchsize"),
-                "first step, cold compile cache": (run, "step 1/1"),
-                "first step, warm compile cache": (run, "step 1/1"),
-            }
-            for name, (command, sign) in commands.items():
-                workdir = f"{folder}/run"
-                shutil.rmtree(workdir, ignore_errors=True)
-                start = time.perf_counter()
-                with subprocess.Popen(
-                    [*command, f"--workdir={workdir}"],
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                    env=environment,
-                ) as process:
-                    assert process.stdout
-                    text = iter(process.stdout.readline, "")
-                    next(line for line in text if sign in line)
-                    results.setdefault(name, []).append(time.perf_counter() - start)
-                    process.stdout.read()
+            environment["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/cache{number}"
+            for name, (command, sign) in _starts(folder, photograph).items():
+                shutil.rmtree(f"{folder}/run", ignore_errors=True)
+                taken = _seconds_until(sign, command, environment)
+                results.setdefault(name, []).append(taken)
             progress(number + 1, _ROUNDS.value)
     rows = [
-        [name, *(f"{f(each):.1f}" for f in (statistics.median, min, max))]
+        [name, *(f"{f(each):.2f}" for f in (statistics.median, min, max))]
         for name, each in results.items()
     ]
     console.print_table("seconds", ["until", "median", "min", "max"], rows)
     return results
+
+
+def _starts(folder: str, photograph: str) -> dict[str, tuple[list[str], str | None]]:
+    """Returns the commands of `startup` with what they print when they live; None: they end."""
+    python = [sys.executable, "-m", "ham_jax.main", f"--workdir={folder}/run"]
+    run = [*python, "--config=configs/demo.py", "--config.log.every_steps=1"]
+    run += ["--config.train.duration={'steps': 1}", "--config.optim.warmup={'steps': 0}"]
+    wrong = [*python, "--config=configs/demo.py", "--config.train.batchsize=8"]
+    shell = [str(ROOT / "launch.sh"), "--mode=predict", f"--images={photograph}"]
+    answer = ([*shell, f"--output={folder}/answers.csv"], None)
+    # As a person does who imports it, loads the model that comes along, and asks.
+    code = f"import ham_jax; print(ham_jax.load().predict({photograph!r})[0].prediction)"
+    in_python = ([sys.executable, "-c", code], None)
+    starts = {
+        "--help": ([*python, "--help"], ""),
+        "an error in the configuration": (wrong, "batchsize"),
+        "first answer in Python, cold compile cache": in_python,
+        "first answer in Python, warm compile cache": in_python,
+        "one photograph in the shell, warm compile cache": answer,
+        "first step, cold compile cache": (run, "step 1/1"),
+        "first step, warm compile cache": (run, "step 1/1"),
+    }
+    return {name: start for name, start in starts.items() if re.search(_STARTS.value, name)}
+
+
+def _photograph(folder: str) -> str:
+    """Returns the first of --originals, or else draws one."""
+    if _ORIGINALS.value:
+        return str(next(path for path in sorted(Path(_ORIGINALS.value).rglob("*.jpg"))))
+    from ham_jax.data import image, synthetic
+
+    image.save_jpeg(synthetic.draw("nv", [0], [0]), f"{folder}/lesion.jpg", quality=90)
+    return f"{folder}/lesion.jpg"
+
+
+def _seconds_until(
+    sign: str | None, command: Sequence[str], environment: Mapping[str, str]
+) -> float:
+    """Returns how long a command takes until it prints a text, or ends."""
+    start = time.perf_counter()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
+        assert process.stdout
+        if sign is not None:
+            next(line for line in iter(process.stdout.readline, "") if sign in line)
+            taken = time.perf_counter() - start
+        said = process.stdout.read()
+    if sign is None:
+        taken = time.perf_counter() - start
+        if process.returncode:
+            raise RuntimeError(f"{shlex.join(command)} failed: {said}")
+    return taken
 
 
 def _has_torch() -> bool:

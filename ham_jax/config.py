@@ -118,8 +118,10 @@ KEYS = (
         " 'test', which no fold ever sees.", range=(0, 0.4)),
     Key("data.val_share", 0.0, "Likewise a share that validates the network of data.num_folds = 1,"
         " such as one that the folds teach (loss.teacher). No fold uses it.", range=(0, 0.4)),
-    Key("data.feed", "auto", "How images reach the device: 'stream' reads them with tf.data,"
-        " 'resident' keeps the whole split on the device as uint8, 'auto' picks one of the two.",
+    Key("data.feed", "auto", "How images reach the device: 'stream' reads them as they are"
+        " needed (with tf.data, or with threads where TensorFlow is not installed), 'resident'"
+        " keeps the whole split on the device as uint8, 'auto' is 'resident' where that takes at"
+        " most a quarter of the memory.",
         choices=("auto", "stream", "resident"), free_on_resume=True),
     Key("data.num_workers", 0, "Processes that decode photographs in preparation. 0: one per core.",
         range=(0, _INF), free_on_resume=True, free_in_evaluation=True),
@@ -133,6 +135,9 @@ KEYS = (
     Key("model.zero_init_residual", True, "Start each residual branch of a ResNet at zero."),
     Key("model.dtype", "auto", "Type of the computation; parameters are float32. 'auto': bfloat16"
         " on GPU and TPU, float32 on CPU.", choices=("auto", "float32", "bfloat16")),
+    Key("model.batch_norm", "global", "Over which images BatchNorm takes mean and variance in"
+        " training: the whole batch ('global'), each 'host' or each 'device' its own. See"
+        " docs/clusters.md.", choices=("global", "host", "device")),
     Key("model.dropout", 0.0, "Dropout rate of the features before the head.", range=(0, 0.9)),
     Key("model.drop_path", 0.0, "Stochastic depth: drop rate of the last block; the rate rises"
         " linearly from 0 at the first.", range=(0, 0.9)),

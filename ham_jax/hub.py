@@ -5,6 +5,7 @@
     ood.safetensors        the out-of-distribution model, where the run has one
     README.md              the model card
     split.csv, metrics.json, predictions.csv    of the run: who trained, how good it is
+    test_metrics.json, test_predictions.csv     the same on the test split, where measured
     model.onnx, model.stablehlo                 for other runtimes
 
 An ensemble is a folder of such folders, whose config.json names its `members`. A folder may come

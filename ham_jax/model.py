@@ -4,32 +4,39 @@
 of several processes all of them must ask together.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import pandas as pd
 
-from ham_jax import checkpoints, console, hub, models, parallel
 from ham_jax import config as configuration
+from ham_jax import console, hub, parallel, programs
 from ham_jax.classes import Classes
 from ham_jax.config import InputError
 from ham_jax.data import feed, preprocess
 from ham_jax.data import image as image_files
-from ham_jax.data.metadata import NUM_METADATA, encode
+from ham_jax.data.metadata import MISSING, NUM_METADATA, encode
 from ham_jax.inference import calibrator, decision, detector
 from ham_jax.inference.calibrator import Calibrator
 from ham_jax.inference.decision import Calibrated
 from ham_jax.inference.detector import Detector
-from ham_jax.models import pretrained
 
-_MOST_ON_CPU = 8  # photographs in a batch: there, more at once are no faster
+if TYPE_CHECKING:  # an exported network that was traced before needs neither Flax nor Orbax
+    import pandas as pd
+
+    from ham_jax import models
+
+# Photographs in a batch: on CPU larger ones take longer an image, for their maps leave the caches.
+_MOST_ON_CPU = 2
+_SCORED = 256  # photographs: one at a time, the detector's product takes longer than the network
+_IN_FLIGHT = 4  # batches: several small ones keep all cores busy, and decoding goes on meanwhile
 
 Variables = Mapping[str, Any]
 """{'params', 'batch_stats'} as nested dicts."""
@@ -54,28 +61,45 @@ class Forward:
     Weights are arguments, for training evaluates changing ones. Results are on every process.
 
     Args:
-      network: the model's pure functions.
+      build: returns the model's pure functions; called when they are first needed.
       config: the whole configuration.
       mesh: the devices, axis `data`.
+      about: what `build` returns depends on, as JSON can hold it, for the traced programs to be
+        kept on disk; None: they are not.
     """
 
     def __init__(
-        self, network: models.Network, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+        self,
+        build: Callable[[], "models.Network"],
+        config: ml_collections.ConfigDict,
+        mesh: jax.sharding.Mesh,
+        about: Any = None,
     ):
-        self.network, self.mesh = network, mesh
+        self._build, self.mesh = build, mesh
         self._num_tiles, self._num_views = config.eval.tiles, config.eval.tta
+        self._takes_metadata = config.model.metadata
         self._view = functools.partial(
             preprocess.eval_view,
             crop_px=config.augment.crop_px,
             crop_scale=config.eval.crop_scale,
             gray_norm=config.augment.shades_of_gray,
         )
-        tile = functools.partial(self._view, grid=configuration.tile_grid(config))
-        self._tile = jax.jit(tile, out_shardings=parallel.batch_sharding(mesh))
+        grid = configuration.tile_grid(config)
+        jit = functools.partial(jax.jit, out_shardings=parallel.batch_sharding(mesh))
+        self._tile = jit(lambda tile, image: self._view(image, grid=grid, tile=tile))
+        self._center = jit(self._view)
         jit = functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
-        self._probabilities = jit(self._one_view)
-        self.features = jit(self._features)
+        self._mean = jit(lambda views: sum(views[1:], views[0]) / len(views))
+        self._said = jit(self._of_view)
         self.explain = jit(self._explain)
+        if about is not None and mesh.devices.size == 1:
+            self._said = programs.Kept(self._said, ["network", *about])
+            self._tile = programs.Kept(self._tile, ["tile", grid, *self._view.keywords.values()])
+
+    @functools.cached_property
+    def network(self) -> "models.Network":
+        """The model's pure functions."""
+        return self._build()
 
     def probabilities(
         self, variables: Variables, image: jax.Array, metadata: jax.Array | None = None
@@ -86,26 +110,39 @@ class Forward:
         over the first n views of the dihedral group: 2 adds the mirror image, 4 all flips, 8 the
         quarter turns too.
         """
+        return self._views(variables, image, metadata)[0]
+
+    def features(self, variables: Variables, image: jax.Array) -> jax.Array:
+        """Returns float32 [B, F], of the central square upright."""
+        metadata = None
+        if self._takes_metadata:  # which the features do not depend on
+            metadata = np.tile(MISSING, (len(image), 1))
+        return self._said(variables, self._center(image), np.int32(0), metadata)[1]
+
+    def both(
+        self, variables: Variables, image: jax.Array, metadata: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns `probabilities` and `features`, which one of the views has."""
+        probabilities, features = self._views(variables, image, metadata)
+        if self._num_tiles > 1:  # none of which is the central square
+            features = self.features(variables, image)
+        return probabilities, features
+
+    def _views(self, variables, image, metadata):
+        """Returns the mean probabilities of all views, and the features of the first."""
         # One program for all views: eight unrolled copies would compile eight times as long.
         views = [
-            self._probabilities(variables, view, jnp.int32(k), metadata)
-            for view in (self._tile(image, tile=jnp.int32(t)) for t in range(self._num_tiles))
+            self._said(variables, view, np.int32(k), metadata)
+            for view in (self._tile(np.int32(t), image) for t in range(self._num_tiles))
             for k in range(self._num_views)
         ]
-        return sum(views[1:], views[0]) / len(views)
+        probabilities, features = zip(*views, strict=True)
+        return self._mean(probabilities) if views[1:] else probabilities[0], features[0]
 
-    def _one_view(self, variables, view, k, metadata):
-        view = preprocess.dihedral(view, k)
-        logits, _ = self.network.apply(
-            variables["params"], variables["batch_stats"], view, train=False, metadata=metadata
-        )
-        return jax.nn.softmax(logits)
-
-    def _features(self, variables, image):
-        """Of the central square upright, float32 [B, F]."""
-        return self.network.features(
-            variables["params"], variables["batch_stats"], self._view(image)
-        )
+    def _of_view(self, variables, view, k, metadata):
+        weights = variables["params"], variables["batch_stats"]
+        features = self.network.features(*weights, preprocess.dihedral(view, k))
+        return jax.nn.softmax(self.network.classify(*weights, features, metadata)), features
 
     def _explain(self, variables, image, labels, metadata=None):
         """Of the central square upright, see `Explanation`; `labels` is int32 [B]."""
@@ -261,13 +298,28 @@ class Model:
         config: ml_collections.ConfigDict,
         classes: Classes,
         mesh: jax.sharding.Mesh,
+        keep: bool = False,
     ) -> "Model":
-        """Returns the network of a configuration, without weights and decisions."""
-        network = models.build(
-            config.model, len(classes), NUM_METADATA if config.model.metadata else 0
-        )
+        """Returns the network of a configuration, without weights and decisions.
+
+        Args:
+          workdir: the folder it comes from.
+          config: of the run.
+          classes: what it is trained to tell apart.
+          mesh: the devices.
+          keep: what is traced of it on disk, for the next process.
+        """
+
+        def build() -> "models.Network":
+            from ham_jax import models
+
+            return models.build(
+                config.model, len(classes), NUM_METADATA if config.model.metadata else 0
+            )
+
+        forward = Forward(build, config, mesh, _about(config, classes) if keep else None)
         provenance = {name: config.eval[name] for name in ("tta", "tiles", "crop_scale")}
-        return cls(str(workdir), classes, config, Forward(network, config, mesh), {}, provenance)
+        return cls(str(workdir), classes, config, forward, {}, provenance)
 
     @classmethod
     def load(
@@ -318,7 +370,7 @@ class Model:
         settings = {"step": step, **self.provenance, "weights": weights}
         return self.replace(variables=variables, provenance=settings)
 
-    def encode(self, table: pd.DataFrame) -> np.ndarray | None:
+    def encode(self, table: "pd.DataFrame") -> np.ndarray | None:
         """Returns the codes of age, sex and site float32 [n, M]; None where it takes none."""
         return encode(table) if self.takes_metadata else None
 
@@ -392,6 +444,22 @@ class Model:
                 done += count
                 progress(done, len(images))
         return jax.tree.map(lambda *of_parts: np.concatenate(of_parts), *parts)
+
+    def ask(
+        self, images: np.ndarray, metadata: np.ndarray | None, batch_size: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns `Forward.both` of one batch, without waiting for it: [batch_size, ...].
+
+        Args:
+          images: on the canvas, uint8 [n, H, W, 3], at most `batch_size`; the last fills it up.
+          metadata: `encode`d, float32 [n, M]; ignored by a network that takes none.
+          batch_size: a multiple of the number of devices.
+        """
+        beside = {}
+        if self.takes_metadata and metadata is not None:
+            beside["metadata"] = metadata
+        ((batch, _),) = feed.sequential(images, batch_size, self.forward.mesh, beside)
+        return self.forward.both(self.variables, **batch)
 
     def predict(self, photographs: Any, metadata: Any = None, exact: bool = False) -> Answers:
         """Returns what is said of photographs: see `Ensemble.predict`."""
@@ -575,15 +643,17 @@ class Ensemble:
             if batch_size is not None:
                 size = min(size, -(-batch_size // num_devices) * num_devices)
             decoded = decode(canvas, config.data.num_workers)
-            for rows, images in _in_batches(decoded, num, size, errors, title):
-                beside = None if codes is None else codes[rows]
-                for place in chosen:
-                    member = self.members[place]
-                    given = beside if member.takes_metadata else None
-                    raw[place, rows] = member.probabilities(images, given, batch_size=size)
-                    if member.detector:
-                        features = member.features(images, batch_size=size)
-                        scores[place, rows] = member.detector.score(features)
+            batches = _in_batches(decoded, num, size, errors, title)
+            asked = (
+                (place, rows, self.members[place].ask(images, beside, size))
+                for rows, images in batches
+                for beside in [None if codes is None else codes[rows]]
+                for place in chosen
+            )
+            for place, rows, said, features in _gathered(asked):
+                raw[place, rows] = normalised(said)
+                if found := self.members[place].detector:
+                    scores[place, rows] = found.score(features)
         of_members = [s if m.detector else None for s, m in zip(scores, self.members, strict=True)]
         return self._answers(raw, detector.joined(of_members), errors)
 
@@ -613,6 +683,9 @@ def load(
 ) -> Model | Ensemble:
     """Returns what a run's folder says: network, weights, calibration, out-of-distribution model.
 
+    Unless JAX was given another place, compiled programs are from now on kept on disk, see
+    `parallel.compile_cache`: the next process answers seconds earlier.
+
     Args:
       path: of a training run; of a cross-validation, whose folds become an ensemble; an exported
         folder; `hf:user/name`, such a folder on the Hugging Face hub; or several of these.
@@ -626,6 +699,8 @@ def load(
     paths = [path] if isinstance(path, str | Path) else path
     if paths is None:
         paths = hub.released()
+    if jax.config.jax_compilation_cache_dir is None:
+        parallel.compile_cache()
     mesh = parallel.mesh() if mesh is None else mesh
     ensemble = Ensemble(restore_all([hub.local(one) for one in paths], overrides, mesh))
     ensemble = ensemble.with_decisions()
@@ -645,8 +720,16 @@ def restore_all(
     Raises:
       InputError: see `restore`.
     """
-    runs = [run for workdir in workdirs for run in checkpoints.runs(workdir)]
+    runs = [run for workdir in workdirs for run in _runs(workdir)]
     return tuple(restore(run, overrides, mesh) for run in runs)
+
+
+def _runs(workdir: Path) -> list[Path]:
+    if hub.is_exported(workdir):
+        return hub.members(workdir)
+    from ham_jax import checkpoints
+
+    return checkpoints.runs(workdir)
 
 
 def restore(workdir: Path, overrides: Sequence[tuple[str, str]], mesh: jax.sharding.Mesh) -> Model:
@@ -660,7 +743,13 @@ def restore(workdir: Path, overrides: Sequence[tuple[str, str]], mesh: jax.shard
     Raises:
       InputError: no checkpoint there, none of this network, or keys that may not be set anew.
     """
-    params, batch_stats, ema, meta, step = checkpoints.load_for_inference(workdir)
+    is_exported = hub.is_exported(workdir)
+    if is_exported:
+        params, batch_stats, ema, meta, step = hub.load(workdir)
+    else:
+        from ham_jax import checkpoints
+
+        params, batch_stats, ema, meta, step = checkpoints.load_for_inference(workdir)
     config = configuration.from_dict(meta["config"], is_trained=True)
     faults = configuration.fixed_faults([path for path, _ in overrides], workdir)
     faults += configuration.override(config, overrides)
@@ -671,10 +760,10 @@ def restore(workdir: Path, overrides: Sequence[tuple[str, str]], mesh: jax.shard
         classes = Classes.from_json(meta["classes"])
     except ValueError as error:
         raise InputError(f"{workdir}: its classes are damaged: {error}") from error
-    model = Model.of(workdir, config, classes, mesh)
+    model = Model.of(workdir, config, classes, mesh, keep=True)
     state = {"params": params, "batch_stats": batch_stats, "ema": ema}
     model = model.with_weights(state, step).replace(records=meta.get("records", ""))
-    if hub.is_exported(workdir):
+    if is_exported:
         _check_shapes(model)
     return model.replace(variables=parallel.replicate(mesh, model.variables))
 
@@ -685,19 +774,35 @@ def _check_shapes(model: Model) -> None:
     Raises:
       InputError: they are not.
     """
-    network = model.forward.network
-    params, batch_stats = jax.eval_shape(lambda: network.init(0))
-    trees = {"params": params, "batch_stats": batch_stats}, model.variables
-    needed, found = (
-        {path: leaf.shape for path, leaf in pretrained.flatten(tree).items()} for tree in trees
+
+    def of_network() -> dict[str, list[int]]:
+        params, batch_stats = jax.eval_shape(lambda: model.forward.network.init(0))
+        return _shapes({"params": params, "batch_stats": batch_stats})
+
+    about = ["shapes", *_about(model.config, model.classes)]
+    needed, found = programs.remembered(about, of_network), _shapes(model.variables)
+    odd = sorted(
+        path for path in needed.keys() | found.keys() if needed.get(path) != found.get(path)
     )
-    odd = sorted({path for path, _ in needed.items() ^ found.items()})
     if odd:
         raise InputError(
-            f"{model.workdir / hub.WEIGHTS} does not fit {network.name} of {len(model.classes)}"
-            f" classes: {len(odd)} tensors are missing, left over or of another shape,"
-            f" {', '.join(odd[:3])} among them."
+            f"{model.workdir / hub.WEIGHTS} does not fit {model.config.model.name} of"
+            f" {len(model.classes)} classes: {len(odd)} tensors are missing, left over or of"
+            f" another shape, {', '.join(odd[:3])} among them."
         )
+
+
+def _shapes(tree: Variables) -> dict[str, list[int]]:
+    """Returns {path/of/leaf: its shape}."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _about(config: ml_collections.ConfigDict, classes: Classes) -> list[Any]:
+    """Returns what a network's functions depend on, as JSON can hold it."""
+    return [config.model.to_dict(), len(classes)]
 
 
 def judged_weights(state: Mapping[str, Any], asked: str) -> tuple[Variables, str]:
@@ -726,12 +831,14 @@ def normalised(probabilities: np.ndarray) -> np.ndarray:
     return probabilities / probabilities.sum(-1, keepdims=True)
 
 
-def _table(metadata: Any, num_photographs: int) -> pd.DataFrame:
+def _table(metadata: Any, num_photographs: int) -> "pd.DataFrame":
     """Returns a row a photograph.
 
     Raises:
       InputError: there are more or fewer.
     """
+    import pandas as pd
+
     if isinstance(metadata, Mapping) and not any(isinstance(v, list) for v in metadata.values()):
         metadata = [metadata] * num_photographs
     table = pd.DataFrame(index=range(num_photographs)) if metadata is None else metadata
@@ -739,6 +846,32 @@ def _table(metadata: Any, num_photographs: int) -> pd.DataFrame:
     if len(table) != num_photographs:
         raise InputError(f"There are metadata of {len(table)} for {num_photographs} photographs.")
     return table
+
+
+def _gathered(asked: Iterable[tuple[int, list[int], tuple[jax.Array, ...]]]) -> Iterator[Any]:
+    """Yields (member, numbers of photographs [k], arrays [k, ...]) of several batches together.
+
+    Args:
+      asked: (member, numbers, what `Model.ask` returned), of one batch. The devices have the next
+        ones to do already when one is waited for.
+    """
+    parts: dict[int, list[tuple[Any, ...]]] = collections.defaultdict(list)
+    for place, rows, said in _ahead(asked):
+        parts[place].append((rows, *(np.asarray(array)[: len(rows)] for array in said)))
+        if sum(len(rows) for rows, *_ in parts[place]) >= _SCORED:
+            yield place, *map(np.concatenate, zip(*parts.pop(place), strict=True))
+    for place, rest in parts.items():
+        yield place, *map(np.concatenate, zip(*rest, strict=True))
+
+
+def _ahead(asked: Iterable[Any]) -> Iterator[Any]:
+    """Yields the same, some behind."""
+    waiting: collections.deque[Any] = collections.deque()
+    for one in asked:
+        waiting.append(one)
+        if len(waiting) > _IN_FLIGHT:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def _in_batches(

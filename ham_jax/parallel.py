@@ -6,6 +6,7 @@ process p holds a contiguous run of each global batch's rows.
 
 import dataclasses
 import importlib.util
+import itertools
 import os
 import secrets
 import signal
@@ -44,7 +45,12 @@ _MPI_VARIABLES = (
 _PORTS = range(61440, 65536)
 _PATIENCE_S = 10  # for a network file system to show a new file
 _WAITING_S = 20  # before it is said that a job is not complete
+_HOURS_MS = 48 * 3600 * 1000
+_FAULT_ELSEWHERE = "The main process has found the input wrong; it says why."
+_told_texts = itertools.count()  # numbers of `from_main`'s calls, the same on all processes
 _claims: list[socket.socket] = []  # of ports, open as long as this process lives
+_ANSWER_S = 300  # for each process to say what all are asked
+_gathered = itertools.count()  # the processes ask alike, each thing once
 _GRACE_S = 2  # for processes that fail alike to say so, before the coordinator takes them along
 
 
@@ -165,16 +171,12 @@ def _claim_port(coordinator: str) -> None:
 def _check_members(job: Job) -> None:
     """Raises InputError on both sides where processes of two jobs have met."""
     state, token = distributed.global_state, job.token
-    client = state.client
-    assert client is not None  # JAX is initialized
     if state.num_processes != job.count:
         raise InputError(
             f"JAX joined a job of {state.num_processes} processes, but {token} has {job.count}: set"
             f" {', '.join(_JOB_VARIABLES)}. {_ALONE}"
         )
-    client.key_value_set(f"ham_jax/job/{state.process_id}", token)
-    for number in range(state.num_processes) if state.process_id == 0 else [0]:
-        other = client.blocking_key_value_get(f"ham_jax/job/{number}", 60_000)
+    for number, other in enumerate(_gather(token)):
         if other != token:
             raise InputError(
                 f"Process {number} that answers at {state.coordinator_address} belongs to another"
@@ -495,7 +497,31 @@ def on_main(check: Callable[[], None]) -> None:
         except InputError as raised:
             error = raised
     if broadcast(int(error is not None)):
-        raise error or InputError("The main process has found the input wrong; it says why.")
+        raise error or InputError(_FAULT_ELSEWHERE)
+
+
+def from_main(make: Callable[[], str]) -> str:
+    """Returns on every process the text that `make` returns on the main one.
+
+    The others wait for hours if need be, which they could not in a collective operation. Every
+    process raises InputError where `make` does.
+    """
+    if jax.process_count() == 1:
+        return make()
+    client, key = distributed.global_state.client, f"ham_jax/from_main/{next(_told_texts)}"
+    assert client is not None  # there are several processes
+    if not is_main():
+        kind, _, text = client.blocking_key_value_get(key, _HOURS_MS).partition(" ")
+        if kind == "fault":
+            raise InputError(_FAULT_ELSEWHERE)
+        return text
+    try:
+        text = make()
+    except InputError:
+        client.key_value_set(key, "fault")
+        raise
+    client.key_value_set(key, f"text {text}")
+    return text
 
 
 def check_shared(folder: Path) -> None:
@@ -525,11 +551,11 @@ def check_shared(folder: Path) -> None:
     try:
         sees = _appears(folder, name)
         hosts = _gather(f"{socket.gethostname()} (its {folder.absolute()})")
-        blind = np.flatnonzero(~np.ravel(multihost_utils.process_allgather(np.bool_(sees))))
+        blind = [number for number, answer in enumerate(_gather(str(sees))) if answer != "True"]
     finally:
         if is_main():
             (folder / name).unlink(missing_ok=True)
-    if blind.size:
+    if blind:
         raise InputError(
             [
                 f"Process {number} on {hosts[number]} does not see the folder of the main process"
@@ -553,13 +579,17 @@ def _appears(folder: Path, name: str) -> bool:
         time.sleep(0.2)
 
 
-def _gather(text: str, num_bytes: int = 8192) -> list[str]:
-    """Returns each process's text, cut after so many bytes, on every process."""
-    row = np.zeros(num_bytes, np.uint8)
-    data = text.encode(errors="replace")[:num_bytes]
-    row[: len(data)] = np.frombuffer(data, np.uint8)
-    rows = multihost_utils.process_allgather(row).reshape(-1, num_bytes)
-    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
+def _gather(text: str) -> list[str]:
+    """Returns each process's text, in their order, on every process.
+
+    It goes through JAX's coordination service: no device is touched, no program compiled.
+    """
+    client, number = distributed.global_state.client, distributed.global_state.process_id
+    assert client is not None  # JAX is initialized
+    name = f"ham_jax/gather/{next(_gathered)}"
+    client.key_value_set(f"{name}/{number:06d}", text.encode(errors="replace").decode())
+    client.wait_at_barrier(name, _ANSWER_S * 1000)
+    return [text for _, text in sorted(client.key_value_dir_get(name))]
 
 
 class Preemption:

@@ -11,6 +11,11 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 _CACHE = Path(__file__).parents[1] / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+# LLVM's third level compiles the draws of initial weights for ten times as long as the second, to
+# the same bits. 3 in XLA_FLAGS brings it back.
+_LEVEL = "--xla_backend_optimization_level"
+if _LEVEL not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_LEVEL}=2".strip()
 
 import pytest  # noqa: E402
 
@@ -30,6 +35,7 @@ _SLOW = {
         "test_model",
         "test_old_runs",
         "test_speed",
+        "test_compile_ahead",
     ),
     *("test_onnx", "test_stablehlo", "test_released"),
     *("test_calibration", "test_corruptions", "test_explain", "test_report"),
@@ -38,6 +44,8 @@ _SLOW = {
     *(
         "test_pretrained",
         "test_augment",
+        "test_turn",
+        "test_norm",
         "test_distill",
         "test_step",
         "test_losses",

@@ -18,7 +18,7 @@ _FLOOR = {
     "parallel",
     "reading",
 }
-_MODEL = _FLOOR | {"checkpoints", "data", "inference", "models"}
+_MODEL = _FLOOR | {"checkpoints", "programs", "data", "inference", "models"}
 BELOW = {
     "main": _MODEL | {"commands", "evaluation", "export", "model", "training"},
     "commands": _MODEL | {"model"},
@@ -32,6 +32,7 @@ BELOW = {
     "checkpoints": {"config", "files", "hub", "local_path", "parallel"},
     "hub": {"config", "files", "reading"},
     "parallel": {"config", "console"},
+    "programs": {"files"},
     "console": {"escape"},
     "files": {"config", "reading"},
     "config": {"classes"},

@@ -16,20 +16,24 @@ WEIGHTS = RNG.normal(size=(24, 24, 3, 5)).astype(np.float32) / 10
 VARIABLES = {"params": WEIGHTS, "batch_stats": {}}
 
 
-def apply(params, stats, view, train, metadata):
-    product = jnp.einsum("bhwc,hwck->bk", view, params, precision=jax.lax.Precision.HIGHEST)
-    return product + (0 if metadata is None else metadata), stats
+def features(params, stats, view):
+    return view.reshape(len(view), -1)
 
 
-def forward(tiles, tta):
+def classify(params, stats, features, metadata):
+    params = params.reshape(-1, params.shape[-1])
+    product = jnp.matmul(features, params, precision=jax.lax.Precision.HIGHEST)
+    return product + (0 if metadata is None else metadata[:, :5])
+
+
+def forward(tiles, tta, metadata=False):
     c = config.base()
     c.data.canvas = (36, 48)
     c.augment.crop_px = 24
     c.eval.tiles, c.eval.tta, c.eval.crop_scale = tiles, tta, 24 / 36
-    network = types.SimpleNamespace(
-        apply=apply, features=lambda params, stats, view: view.reshape(len(view), -1)
-    )
-    return model.Forward(network, c, parallel.mesh())
+    c.model.metadata = metadata
+    network = types.SimpleNamespace(features=features, classify=classify)
+    return model.Forward(lambda: network, c, parallel.mesh())
 
 
 def probabilities_of_slices(tops, lefts, num_views, metadata=0.0):
@@ -67,8 +71,15 @@ def test_probabilities_are_the_mean_over_squares_and_views(tiles, tta, tops, lef
 
 
 def test_features_are_those_of_the_central_square():
-    said = forward(6, 8).features(VARIABLES, IMAGES)
-    np.testing.assert_allclose(said, IMAGES[:, 6:30, 12:36].reshape(8, -1) / 255, atol=1e-6)
+    expected = IMAGES[:, 6:30, 12:36].reshape(8, -1) / 255
+    np.testing.assert_allclose(forward(6, 8).features(VARIABLES, IMAGES), expected, atol=1e-6)
+    takes_metadata = forward(1, 2, metadata=True)
+    np.testing.assert_allclose(takes_metadata.features(VARIABLES, IMAGES), expected, atol=1e-6)
+    for tiles in (1, 4):
+        ways = forward(tiles, 2)
+        probabilities, same = ways.both(VARIABLES, IMAGES)
+        np.testing.assert_array_equal(probabilities, ways.probabilities(VARIABLES, IMAGES))
+        np.testing.assert_allclose(same, expected, atol=1e-6)
 
 
 def test_eight_views_are_one_crop_and_one_program(monkeypatch):
@@ -81,4 +92,4 @@ def test_eight_views_are_one_crop_and_one_program(monkeypatch):
     for _ in range(2):
         ways.probabilities(VARIABLES, parallel.shard(parallel.mesh(), IMAGES))
     assert traced == ["crop"]
-    assert ways._probabilities._cache_size() == 1
+    assert ways._said._cache_size() == 1

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 import ham_jax
-from ham_jax import model
+from ham_jax import export, model
 from ham_jax.classes import Classes
 from ham_jax.config import InputError
 from ham_jax.data import records
@@ -53,7 +54,8 @@ def test_a_loaded_run_answers_as_its_files_say(trained, photographs, tiny_record
     assert loaded.classes == ham_jax.Classes.from_json(loaded.classes.to_json())
 
 
-def test_an_ensemble_has_the_same_answers(trained, photographs, tmp_path):
+def test_an_ensemble_has_the_same_answers(trained, photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "_SCORED", 16)  # several groups of photographs
     one, two = ham_jax.load(trained), ham_jax.load([trained, trained])
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no image")
@@ -63,6 +65,9 @@ def test_an_ensemble_has_the_same_answers(trained, photographs, tmp_path):
     np.testing.assert_array_equal(answers.ood_scores, again.ood_scores)
     assert np.isnan(answers.probabilities[1]).all()
     assert list(answers.errors) == [1]
+    of_all, exact = (two.predict([*some, *photographs], exact=e) for e in (False, True))
+    np.testing.assert_allclose(of_all.probabilities, exact.probabilities, atol=1e-5)
+    np.testing.assert_allclose(of_all.ood_scores, exact.ood_scores, rtol=1e-4)
     assert answers.read.tolist() == [0, 2]
     assert len(answers.calibrated.flagged) == 2
     other = one.replace(classes=Classes(("a", "b")))
@@ -127,6 +132,43 @@ def test_asking_a_trained_network_needs_no_training_libraries(trained, photograp
     command = [sys.executable, "-c", textwrap.dedent(code), str(trained), *photographs[:2]]
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
     assert ended.stdout.endswith("(2, 7)\n")
+
+
+def test_an_exported_network_that_was_traced_before_answers_without_flax_or_pandas(
+    trained, photographs, tmp_path
+):
+    here = ham_jax.load(trained)
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    export._write_weights(here, folder, "float32")
+    code = """
+        import sys
+        again = sys.argv.pop(1) == "again"
+        for name in ("flax", "optax", "orbax", "pandas", "sklearn", "tensorflow",
+                     "tensorflow_datasets") if again else ():
+            sys.modules[name] = None
+        import ham_jax
+        from ham_jax import parallel
+        from ham_jax.commands import predict
+        if not again:
+            from ham_jax.models import resnet
+            resnet._WIDTHS, resnet.DEPTHS["resnet18"] = (16, 32), (1, 1)  # as in conftest
+        print(ham_jax.load(sys.argv[1]).predict(sys.argv[2:]).probabilities.tobytes().hex())
+    """
+    environment = os.environ | {
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    said = []
+    for when in ("first", "again"):
+        command = [sys.executable, "-c", textwrap.dedent(code), when, str(folder)]
+        ended = subprocess.run(
+            [*command, photographs[0]], capture_output=True, text=True, env=environment, check=True
+        )
+        said.append(ended.stdout)
+    assert said[0] == said[1]
+    found = np.frombuffer(bytes.fromhex(said[0]), np.float64).reshape(1, -1)
+    np.testing.assert_allclose(found, here.predict(photographs[0]).probabilities, atol=1e-5)
 
 
 def test_predict_eval_explain_and_report_run_where_training_is_not_installed(

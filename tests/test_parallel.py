@@ -536,7 +536,7 @@ def test_mpirun_makes_one_job(tmp_path):
     ended = subprocess.run(
         ["mpirun", *options, sys.executable, "-c", program],
         env={k: v for k, v in os.environ.items() if not k.startswith(("HAM_JAX_", "SLURM_"))}
-        | {"PYTHONPATH": str(ROOT), "OMPI_MCA_plm_rsh_agent": "false"},
+        | {"PYTHONPATH": str(ROOT), "OMPI_MCA_plm_rsh_agent": "false", "JAX_NUM_CPU_DEVICES": "1"},
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -9,7 +9,7 @@ import pytest
 import ham_jax
 from ham_jax import DISCLAIMER, hub
 from ham_jax.data import synthetic
-from ham_jax.evaluation import metrics, predictions, report
+from ham_jax.evaluation import lesions, metrics, predictions, report
 
 MOST_BYTES = 20_000_000
 
@@ -22,11 +22,15 @@ def folder():
 
 
 def test_its_figures_follow_from_its_predictions(folder):
-    judged = predictions.read(folder / "predictions.csv")
-    written = json.loads((folder / "metrics.json").read_text())
-    for name, value in metrics.compute(judged).items():
-        if isinstance(value, float):
-            assert written[name] == pytest.approx(value, abs=1e-12), name
+    for split in ("", "test_"):
+        judged = predictions.read(folder / f"{split}predictions.csv")
+        written = json.loads((folder / f"{split}metrics.json").read_text())
+        for name, value in metrics.compute(judged).items():
+            if isinstance(value, float):
+                assert written[name] == pytest.approx(value, abs=1e-12), name
+        for name, value in lesions.measure(judged).items():
+            if isinstance(value, float):
+                assert written["by_lesion"][name] == pytest.approx(value, abs=1e-12), name
     card = (folder / "README.md").read_text()
     remade = report.card(folder, folder.name).strip()
     of_machine = "- drawn with: .*\n"
@@ -43,9 +47,9 @@ def test_no_lesion_that_judges_it_trained_it(folder):
     import pandas as pd
 
     split = pd.read_csv(folder / "split.csv")
-    judged = predictions.read(folder / "predictions.csv")
     trained = set(split["lesion_id"][split["split"] == "train"])
-    assert trained.isdisjoint(judged.lesion_ids)
+    for file in ("predictions.csv", "test_predictions.csv"):
+        assert trained.isdisjoint(predictions.read(folder / file).lesion_ids)
     assert trained.isdisjoint(split["lesion_id"][split["split"] != "train"])
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import os
 import tempfile
@@ -106,7 +105,7 @@ class Ham10000(tfds.core.ShardBasedBuilder):
                 if isinstance(pixels, image.ImageError):
                     faults.append(f"{raw.sources[i]}: {pixels}")
                 elif not faults:
-                    hashes.append(_sha256(raw.sources[i]))
+                    hashes.append(layouts.sha256(raw.sources[i]))
                     yield i, {**rows[i], "image": pixels, "file_sha256": hashes[i]}
                 config.progress(i + 1, total)
             if end < total:
@@ -149,8 +148,3 @@ class _UncompressedWriter(writer.ExampleWriter):
                 records.write(serialized)
         finally:
             records.close()
-
-
-def _sha256(source: layouts.Source) -> str:
-    with source.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,21 +1,23 @@
 """(seed, step) -> record numbers -> batches on the devices.
 
 Which images a step sees is a pure function of (seed, step). The data position therefore IS the
-step: resuming costs nothing and is exact. Two feeds carry the same pixels to the devices:
-`stream` reads records as they are needed, with tf.data; `resident` keeps the whole split as one
-uint8 array in device memory and gathers from it there.
+step: resuming costs nothing and is exact. Each feed carries the same pixels to the devices:
+`stream` reads records as they are needed, with tf.data; `threads` does so without TensorFlow;
+`resident` keeps the whole split as one uint8 array in device memory and gathers from it there.
 
 A batch is `{'image': uint8 [B, H, W, 3], 'label': int32 [B]}`, with `'metadata'`, float32 [B, M],
 where it is asked for, sharded over the mesh axis `data`. Row i of a batch is the same image on any
 number of devices and processes.
 """
 
+import collections
 import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import numpy as np
@@ -73,23 +75,30 @@ def class_balanced(rows: np.ndarray, labels: np.ndarray, batch_size: int, seed: 
 
 
 def choose(feed: str, num_bytes: int, mesh: jax.sharding.Mesh) -> str:
-    """Returns 'stream' or 'resident' for data.feed, the same on every process.
+    """Returns which of the feeds data.feed stands for; resident on all processes, or on none.
 
-    'auto' is resident where the split takes at most a quarter of the memory it would lie in, or
-    where TensorFlow is not installed.
+    'auto' is resident where the split takes at most a quarter of the memory it would lie in.
+    A stream is read by tf.data where TensorFlow is installed, otherwise by threads.
+
+    Args:
+      feed: auto, stream or resident.
+      num_bytes: of the split's pixels.
+      mesh: the devices, axis `data`.
 
     Raises:
-      InputError: 'stream' was asked for and TensorFlow is not installed.
+      InputError: 'resident' was asked for, and the memory does not hold the split.
     """
-    has_tensorflow = importlib.util.find_spec("tensorflow") is not None
-    if feed == "stream" and not has_tensorflow:
-        raise InputError(
-            "data.feed = 'stream' needs TensorFlow, which is not installed: install"
-            " requirements.txt, or set data.feed=resident."
-        )
+    memory = _memory(mesh)
     if feed == "auto":
-        resident = num_bytes <= _device_bytes(mesh) / 4 or not has_tensorflow
-        feed = "resident" if parallel.broadcast(int(resident)) else "stream"
+        feed = ("stream", "resident")[parallel.broadcast(int(num_bytes <= memory / 4))]
+    elif feed == "resident" and parallel.broadcast(int(num_bytes > memory)):
+        raise InputError(
+            f"data.feed = 'resident' needs {num_bytes / 1e9:,.1f} GB for the training images, and"
+            f" {memory / 1e9:,.1f} GB is what the main process has for them on a device. Set"
+            " data.feed=stream, which reads them as they are needed, or a smaller data.canvas."
+        )
+    if feed == "stream" and importlib.util.find_spec("tensorflow") is None:
+        return "threads"
     return feed
 
 
@@ -104,7 +113,7 @@ def batches(
     """Yields the batch of each call of the train step.
 
     Args:
-      feed: 'stream' or 'resident'.
+      feed: 'stream', 'threads' or 'resident'.
       images: the split.
       order: step -> record numbers of the global batch, all of `images`.
       calls: the steps of each call, in order. Several steps are stacked along a new first axis;
@@ -116,10 +125,11 @@ def batches(
     if metadata is not None:
         beside["metadata"] = metadata
     calls = list(calls)
-    if feed == "stream":
-        read = _streamed(images.records, order, [step for (step,) in calls], mesh)
-    else:
+    if feed == "resident":
         read = _resident(images, mesh)
+    else:
+        stream = {"stream": _streamed, "threads": _threaded}[feed]
+        read = stream(images.records, order, [step for (step,) in calls], mesh)
     for steps in calls:
         numbers = np.stack([order(step) for step in steps])
         mine = (numbers if len(steps) > 1 else numbers[0])[
@@ -162,13 +172,8 @@ def sequential(
         rest = {name: values[mine] for name, values in (beside or {}).items()}
         return {"image": images[mine], **rest}, len(chosen)
 
-    with ThreadPoolExecutor(1) as reader:
-        ahead = None
-        for start in [*range(0, len(images), batch_size), None]:
-            ready, ahead = ahead, None if start is None else reader.submit(read, start)
-            if ready is not None:
-                batch, count = ready.result()
-                yield parallel.shard(mesh, batch), count
+    for batch, count in _ahead(read, range(0, len(images), batch_size), 1):
+        yield parallel.shard(mesh, batch), count
 
 
 def _streamed(records, order, steps, mesh) -> Callable[[np.ndarray], jax.Array]:
@@ -204,6 +209,29 @@ def _streamed(records, order, steps, mesh) -> Callable[[np.ndarray], jax.Array]:
     return get
 
 
+def _threaded(records, order, steps, mesh) -> Callable[[np.ndarray], jax.Array]:
+    """Is `_streamed` without TensorFlow."""
+
+    def read(step: int) -> np.ndarray:
+        numbers = order(step)
+        return records.read(numbers[parallel.local_rows(mesh, len(numbers))])
+
+    images = _ahead(read, steps, _READ_AHEAD)
+    return lambda _: parallel.shard(mesh, next(images))
+
+
+def _ahead(read: Callable[[int], Any], places: Iterable[int], num_threads: int) -> Iterator[Any]:
+    """Yields read(place) of each, in order; as many as there are threads are read ahead."""
+    with ThreadPoolExecutor(num_threads) as pool:
+        waiting: collections.deque[Future] = collections.deque()
+        for place in places:
+            waiting.append(pool.submit(read, place))
+            if len(waiting) > num_threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
 def _resident(images: "Subset", mesh) -> Callable[[np.ndarray], jax.Array]:
     """Returns record numbers [..., B] of this process -> their images, [..., B, H, W, 3]."""
     whole = np.empty((len(images), *images.records.canvas, 3), np.uint8)
@@ -237,10 +265,29 @@ def _tensorflow():
     return tf
 
 
-def _device_bytes(mesh: jax.sharding.Mesh) -> int:
-    """Returns the memory of one device; on CPU a device's share of the machine's."""
+def _memory(mesh: jax.sharding.Mesh) -> int:
+    """Returns the bytes that a resident split may take: of a device, and of the host on the way.
+
+    On CPU it is a device's share of the host's. Where a device does not tell, the host's counts.
+    """
     device = jax.local_devices()[0]
-    if device.platform != "cpu":
-        return device.memory_stats()["bytes_limit"]
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return machine // mesh.devices.size
+    host = _host_bytes()
+    if device.platform == "cpu":
+        return host // mesh.devices.size
+    return min(host, (device.memory_stats() or {}).get("bytes_limit", host))
+
+
+def _host_bytes() -> int:
+    """Returns the memory of the machine, or what a container or a job's scheduler leaves of it."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    try:
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+        own = next((group[4:] for group in groups if group.startswith("0::/")), "")
+        folder = Path("/sys/fs/cgroup", own)
+        for group in (folder, *folder.parents[:-3]):
+            limit = group / "memory.max"
+            if limit.exists() and (text := limit.read_text().strip()).isdecimal():
+                limits.append(int(text))
+    except OSError:
+        pass  # another system than Linux, or another version of its groups
+    return min(limits)

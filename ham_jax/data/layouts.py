@@ -11,6 +11,7 @@ Codella et al., arXiv 1902.03368 (2019), for the challenge.
 import dataclasses
 import difflib
 import functools
+import hashlib
 import io
 import itertools
 import os
@@ -129,12 +130,14 @@ class RawData:
         label (index of dx in `classes`).
       sources: where each row's photograph lies.
       sizes: bytes of each photograph's file.
+      notes: sentences that a person was told of them.
     """
 
     classes: Classes
     table: pd.DataFrame
     sources: list[Source]
     sizes: list[int]
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(eq=False)
@@ -146,12 +149,14 @@ class Search:
       classes: the diagnoses.
       allow_partial: see `find`.
       faults: sentences; each step adds its own.
+      notes: sentences on what is no fault.
     """
 
     raw_dir: Path
     classes: Classes
     allow_partial: bool
     faults: list[str] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def is_ham10000(self) -> bool:
@@ -258,6 +263,16 @@ def size(source: Source) -> int:
     if isinstance(source, ZipMember):
         return _zip(source.zip_path).getinfo(source.name).file_size
     return source.stat().st_size
+
+
+def sha256(source: Source) -> str:
+    """Returns the SHA-256 of a photograph's file, in hexadecimal digits.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    with source.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _metadata(sources: list[Source], search: Search) -> tuple[pd.DataFrame | None, list[str]]:
@@ -483,12 +498,14 @@ def _matched(search: Search, images: dict[str, list[Source]], rows: pd.DataFrame
         search.faults += _count_faults(search, table)
     if search.faults:
         raise InputError(search.faults)
+    say(*search.notes)
     table["label"] = table["dx"].map({name: i for i, name in enumerate(search.classes)})
     return RawData(
         classes=search.classes,
         table=table,
         sources=[images[name][0] for name in table["image_id"]],
         sizes=[several[0] for several in sizes],
+        notes=tuple(search.notes),
     )
 
 
@@ -547,7 +564,7 @@ def _lesions(search: Search, table: pd.DataFrame) -> pd.Series:
         )
     alone = np.count_nonzero(nameless & (published < 0))
     if alone and not search.faults:
-        _say(
+        search.notes.append(
             f"{search.raw_dir}: {alone:,} of {len(table):,} images have no lesion_id, and each"
             " counts as a lesion of its own. If some show the same lesion, name it in a column"
             " lesion_id: else it could be in both training and validation."
@@ -555,9 +572,14 @@ def _lesions(search: Search, table: pd.DataFrame) -> pd.Series:
     return table["lesion_id"].mask(nameless & (published != 0), table["image_id"])
 
 
+def say(*sentences: str) -> None:
+    """Prints sentences on the main process, each once."""
+    for sentence in sentences:
+        _say(sentence)
+
+
 @functools.cache
 def _say(sentence: str) -> None:
-    """Prints a sentence on the main process, once."""
     if parallel.is_main():
         console.log_line(sentence)
 

@@ -9,12 +9,16 @@ any other. Which values are missing is correlated with the clinic in HAM10000, a
 diagnosis; `drop` makes them miss at random in training too.
 """
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pandas as pd
 
 from ham_jax import console, parallel
+
+if TYPE_CHECKING:  # imported where a table is made: predict mostly has none
+    import pandas as pd
 
 COLUMNS = {  # and what tables may call them
     "age": ("age", "age_approx"),
@@ -37,7 +41,7 @@ MISSING[np.cumsum(_SIZES) - 1] = 1
 _GROUP = np.repeat(np.arange(len(_SIZES)), _SIZES)  # which group each place belongs to
 
 
-def encode(table: pd.DataFrame) -> np.ndarray:
+def encode(table: "pd.DataFrame") -> np.ndarray:
     """Returns the codes of photographs, float32 [n, NUM_METADATA].
 
     An age lies between two of `AGES` and is shared among them by its distance to each, which lets
@@ -49,6 +53,8 @@ def encode(table: pd.DataFrame) -> np.ndarray:
         `SITES`, count as unknown. So does an age of 0: of HAM10000's 39 such photographs 5 are
         of keratoses (bkl), which infants do not have, so that 0 cannot be taken at its word.
     """
+    import pandas as pd
+
     age = table["age"].to_numpy(np.float64) if "age" in table else np.full(len(table), np.nan)
     given = age > 0  # false for nan
     age = np.where(given, np.clip(age, AGES[0], AGES[-1]), np.nan)
@@ -61,7 +67,7 @@ def encode(table: pd.DataFrame) -> np.ndarray:
     return np.concatenate(groups, axis=1, dtype=np.float32)
 
 
-def warn_unknown(table: pd.DataFrame) -> None:
+def warn_unknown(table: "pd.DataFrame") -> None:
     """Prints a sentence for each column with words that `encode` does not know."""
     for column, words in (("sex", SEXES), ("localization", SITES)):
         texts = _texts(table, column)
@@ -86,7 +92,7 @@ def drop(key: jax.Array, metadata: jax.Array, rate: float) -> jax.Array:
     return jnp.where(gone[:, _GROUP], MISSING, metadata)
 
 
-def _texts(table: pd.DataFrame, column: str) -> pd.Series:
+def _texts(table: "pd.DataFrame", column: str) -> "pd.Series":
     if column not in table:
-        return pd.Series("", index=table.index)
+        table = table.assign(**{column: ""})
     return table[column].fillna("").astype(str).str.strip().str.lower()

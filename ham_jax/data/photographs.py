@@ -9,12 +9,14 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from ham_jax import escape
 from ham_jax.config import InputError
 from ham_jax.data import folders, image, metadata, tables
+
+if TYPE_CHECKING:  # imported where a table is made: predict mostly has none
+    import pandas as pd
 
 _PATH_COLUMNS = ("path", "image_path", "file", "filename", "image", "image_id", "isic_id")
 _LISTS = (".csv", ".tsv", ".tab")
@@ -111,7 +113,7 @@ def find_images(pattern: str) -> Photographs:
     return found
 
 
-def find_metadata(pattern: str, num_images: int) -> pd.DataFrame:
+def find_metadata(pattern: str, num_images: int) -> "pd.DataFrame":
     """Returns what the CSV `--images` says beside the paths; nothing where it is no CSV.
 
     Args:
@@ -125,6 +127,8 @@ def find_metadata(pattern: str, num_images: int) -> pd.DataFrame:
     Raises:
       InputError: an invalid age, or two rows that say different things of a photograph.
     """
+    import pandas as pd
+
     if not _is_list(pattern) or not num_images:
         return pd.DataFrame(index=range(num_images))
     path = Path(pattern)
@@ -257,7 +261,7 @@ def _place(name: str, folder: Path) -> tuple[str, str | None]:
     return name, folders.fault(os.path.join(folder, name)) or folders.fault(name)
 
 
-def _rows(path: Path) -> tuple[pd.DataFrame, str]:
+def _rows(path: Path) -> "tuple[pd.DataFrame, str]":
     """Returns the rows of a table that name a photograph, and the column that does."""
     try:
         table = tables.read(path)

@@ -70,23 +70,11 @@ def prepare(config: ml_collections.ConfigDict) -> Dataset:
             " its seven. Leave out data.classes, or set data.dir to your own photographs and"
             " data.download=false."
         )
-    if data.synthetic_images or data.download:
-        for folder in filter(None, (data.dir, data.test_dir)):
-            if not Path(folder).exists():  # nothing is drawn or fetched that nobody can read
-                records.import_builder(folder)
-    if data.synthetic_images and parallel.is_main():
-        min_lesions = 1 if data.split_csv else splits.min_lesions(data)
-        synthetic.write(
-            Path(data.dir), data.synthetic_images, config.seed, classes, min_lesions=min_lesions
-        )
-    if data.download and parallel.is_main():
-        for folder, what in ((data.dir, "train"), (data.test_dir, "test")):
-            if folder:
-                with console.progress(f"Fetching {what}") as progress:
-                    download.download(Path(folder), what, progress)
-    parallel.barrier("photographs")
-    train_records = _records(data, classes, data.dir)
-    test_records = _records(data, classes, data.test_dir) if data.test_dir else None
+    for folder in filter(None, (data.dir, data.test_dir)):
+        if (data.synthetic_images or data.download) and not Path(folder).exists():
+            records.import_builder(folder)  # nothing is drawn or fetched that nobody can read
+    train_records = _records(config, classes, "train")
+    test_records = _records(config, classes, "test") if data.test_dir else None
     table = train_records.table
     split = splits.assign(table, data, config.seed)
     test_table = None if test_records is None else test_records.table
@@ -100,14 +88,38 @@ def prepare(config: ml_collections.ConfigDict) -> Dataset:
     return Dataset(train_records, split, test_records, audit)
 
 
-def _records(data: ml_collections.ConfigDict, classes: Classes, folder: str) -> Records:
-    prepared = records.prepare(
-        folder,
-        tuple(data.canvas),
-        data.prepared_dir,
-        classes=classes,
-        allow_partial=data.allow_partial or data.synthetic_images > 0,
-        num_workers=data.num_workers,
-    )
+def _records(config: ml_collections.ConfigDict, classes: Classes, what: str) -> Records:
+    """Opens the records of 'train' or 'test'; the main process makes them where they are not there.
+
+    It alone looks at the photographs, which may be many and lie on a file system that all share.
+    """
+    data = config.data
+    folder = data.dir if what == "train" else data.test_dir
+
+    def made() -> str:
+        prepared = records.prepare(
+            folder,
+            tuple(data.canvas),
+            data.prepared_dir,
+            classes=classes,
+            allow_partial=data.allow_partial or data.synthetic_images > 0,
+            num_workers=data.num_workers,
+        )
+        return str(prepared)
+
+    def fetched_and_made() -> str:
+        if data.synthetic_images and what == "train":
+            min_lesions = 1 if data.split_csv else splits.min_lesions(data)
+            synthetic.write(
+                Path(folder), data.synthetic_images, config.seed, classes, min_lesions=min_lesions
+            )
+        if data.download:
+            with console.progress(f"Fetching {what}") as progress:
+                download.download(Path(folder), what, progress)
+        return made()
+
+    prepared = parallel.from_main(fetched_and_made)
+    if not Path(prepared).is_dir():  # this host has another disk there
+        prepared = made()
     # Titles, and which classes are malignant, may change without new records.
     return dataclasses.replace(records.open_records(prepared), classes=classes)

@@ -45,9 +45,13 @@ def resample(image: jax.Array, boxes: jax.Array, size_px: int) -> jax.Array:
     Returns:
       float32 [B, size_px, size_px, 3] in [0, 1].
     """
+    return RESAMPLERS[form()](image, boxes, size_px)
+
+
+def form() -> str:
+    """Returns the key of RESAMPLERS that is in use."""
     # Decided while tracing: a program is compiled for the backend that traces it.
-    name = _form or ("gathers" if jax.default_backend() == "cpu" else "products")
-    return RESAMPLERS[name](image, boxes, size_px)
+    return _form or ("gathers" if jax.default_backend() == "cpu" else "products")
 
 
 def _by_gathers(image: jax.Array, boxes: jax.Array, size_px: int) -> jax.Array:
@@ -65,12 +69,36 @@ def _by_products(image: jax.Array, boxes: jax.Array, size_px: int) -> jax.Array:
     _, height, width, _ = image.shape
     rows = _of_all(boxes[:, 0], boxes[:, 2], height, size_px)
     columns = _of_all(boxes[:, 1], boxes[:, 3], width, size_px)
+    return _product(image, rows, columns).swapaxes(2, 3)
+
+
+def around(image: jax.Array, boxes: jax.Array, size_px: int) -> jax.Array:
+    """Returns what `resample` does of boxes that may reach beyond the image, by products.
+
+    Outside the image its mirror image is seen, whose outermost pixels are those of the image.
+
+    Args:
+      image: uint8 [B, H, W, 3].
+      boxes: as for `resample`, but anywhere.
+      size_px: side of the result.
+
+    Returns:
+      float32 [B, size_px, 3, size_px] in [0, 1]: rows, channels, columns.
+    """
+    _, height, width, _ = image.shape
+    rows = _of_all(boxes[:, 0], boxes[:, 2], height, size_px, mirrored=True)
+    columns = _of_all(boxes[:, 1], boxes[:, 3], width, size_px, mirrored=True)
+    return _product(image, rows, columns)
+
+
+def _product(image: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """Returns [B, y, 3, x] of image [B, H, W, 3] and weights [B, y, H] and [B, x, W]."""
     # With the channels beside the rows, both products sum over an outermost or innermost axis, and
     # nothing between them is transposed. These are pixels: the default precision keeps 8 bits.
     image = image.swapaxes(2, 3).astype(rows.dtype)
     scaled = jnp.einsum("byh,bhcw->bycw", rows, image, precision=lax.Precision.HIGHEST)
     scaled = jnp.einsum("bycw,bxw->bycx", scaled, columns, precision=lax.Precision.HIGHEST)
-    return scaled.swapaxes(2, 3) / 255
+    return scaled / 255
 
 
 RESAMPLERS = {"gathers": _by_gathers, "products": _by_products}
@@ -93,9 +121,20 @@ def _within_reach(
     return pixel, weight / weight.sum(-1, keepdims=True)
 
 
-def _of_all(start: jax.Array, length: jax.Array, num_pixels: int, size_px: int) -> jax.Array:
+def _of_all(
+    start: jax.Array, length: jax.Array, num_pixels: int, size_px: int, mirrored: bool = False
+) -> jax.Array:
     """Returns each output pixel's weights of all input pixels, [B, size_px, num_pixels]."""
-    weight = _triangle(jnp.arange(num_pixels), *_places(start, length, size_px))
+    center, reach = _places(start, length, size_px)
+    pixel = jnp.arange(num_pixels)
+    if not mirrored:
+        weight = _triangle(pixel, center, reach)
+    else:
+        last = num_pixels - 1  # after it, and before 0, the pixels come again in reverse
+        center = jnp.abs((center - 0.5 + last) % (2 * last) - last) + 0.5
+        weight = _triangle(pixel, center, reach)
+        weight += jnp.where(pixel > 0, _triangle(-pixel, center, reach), 0.0)
+        weight += jnp.where(pixel < last, _triangle(2 * last - pixel, center, reach), 0.0)
     return weight / weight.sum(-1, keepdims=True)
 
 

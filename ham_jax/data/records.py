@@ -23,7 +23,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from ham_jax import console, escape, files, reading
 from ham_jax.classes import HAM10000, Classes
 from ham_jax.config import InputError
-from ham_jax.data import layouts
+from ham_jax.data import folders, layouts, manifest
 
 DECODER_VERSION = 3
 """Raise it when `image.load` gives other pixels for the same file: old records are then remade."""
@@ -138,18 +138,50 @@ def prepare(
         decoded, all by name.
     """
     raw_dir, prepared_dir = Path(raw_dir), Path(prepared_dir)
+    asked = (canvas, classes.names, allow_partial, DECODER_VERSION)
+    place = prepared_dir / _NAME / manifest.name(raw_dir, *asked)
+    kept = manifest.read(place)
+    # Before the tables are read: what is edited meanwhile is noticed by the next start.
+    stamps = folders.stamps(raw_dir) if kept else []
+    if kept and kept.stamps == stamps and (prepared_dir / kept.records).is_dir():
+        layouts.say(*kept.notes)
+        return prepared_dir / kept.records
     if ready := records_folders(raw_dir):
         return _fitting(ready, canvas, classes)
+    stamps = stamps or folders.stamps(raw_dir)
     raw = layouts.find(raw_dir, classes, allow_partial=allow_partial)
+    name = _made(raw_dir, raw, canvas, prepared_dir, num_workers)
+    if kept and kept.records == name:
+        touched = {str(raw_dir / path) for path in kept.touched(stamps)}
+        _check_touched(raw_dir, raw, touched, prepared_dir / name)
+    try:
+        manifest.Manifest(name, raw.notes, stamps).write(place)
+    except OSError as error:
+        layouts.say(
+            f"What {raw_dir} holds is read anew at each start, for it cannot be noted in"
+            f" {prepared_dir}: {error.strerror or error}."
+        )
+    return prepared_dir / name
+
+
+def _made(
+    raw_dir: Path,
+    raw: layouts.RawData,
+    canvas: tuple[int, int],
+    prepared_dir: Path,
+    num_workers: int,
+) -> str:
+    """Makes the records unless they are there, and returns their folder below `prepared_dir`."""
     fingerprint, num_bytes = _fingerprint(raw, canvas), len(raw.sources) * _record_bytes(canvas)
-    folder = prepared_dir / _NAME / f"{canvas[0]}x{canvas[1]}-{fingerprint[:10]}" / _VERSION
+    name = f"{_NAME}/{canvas[0]}x{canvas[1]}-{fingerprint[:10]}/{_VERSION}"
+    folder = prepared_dir / name
     if folder.is_dir():
-        return folder
+        return name
     builder = import_builder(raw_dir)
     _make_folder(folder.parent, prepared_dir)
     with files.locked(folder.parent / "lock"):
         if folder.is_dir():
-            return folder
+            return name
         for unfinished in folder.parent.glob(f"{folder.name}.incomplete*"):  # of a killed process
             shutil.rmtree(unfinished)
         _check_disk(folder.parent, num_bytes)
@@ -165,7 +197,34 @@ def prepare(
             )
             builder.write(prepared_dir, config)
         _write_checksums(folder)
-    return folder
+    return name
+
+
+def _check_touched(raw_dir: Path, raw: layouts.RawData, touched: set[str], folder: Path) -> None:
+    """Compares photographs whose time of change is another, but not their size, with the records.
+
+    Raises:
+      InputError: some are other photographs than those that the records were made of.
+    """
+    if not touched:
+        return
+    edited, sums = [], open_records(folder).table["file_sha256"]
+    with console.progress(f"Comparing {raw_dir}") as progress:
+        for number, (source, expected) in enumerate(zip(raw.sources, sums, strict=True), 1):
+            path = source.zip_path if isinstance(source, layouts.ZipMember) else str(source)
+            try:
+                if path in touched and layouts.sha256(source) != expected:
+                    edited.append(str(source))
+            except OSError as error:
+                edited.append(f"{source}: {error}")
+            progress(number, len(sums))
+    if edited:
+        shown = ", ".join(map(escape.shown, edited[:5])) + (", ..." if len(edited) > 5 else "")
+        raise InputError(
+            f"{raw_dir}: {len(edited):,} photographs are not those that the records in {folder}"
+            f" were made of, though their files have the same size ({shown}). Delete {folder} to"
+            " have the records made again, or put the photographs back."
+        )
 
 
 def _make_folder(folder: Path, prepared_dir: Path) -> None:
@@ -310,7 +369,11 @@ def _records_table(folder: Path, num_classes: int) -> pd.DataFrame:
             raise ValueError(f"a label is not in 0 to {num_classes - 1}")
     except (OSError, ValueError) as error:
         raise _damaged(folder, f"records.csv cannot be read: {error}") from error
-    return table.map(escape.plain)
+    for name in texts:
+        quoted = table[name].str.startswith("'")
+        if quoted.any():
+            table.loc[quoted, name] = table.loc[quoted, name].map(escape.plain)
+    return table
 
 
 def _write_checksums(folder: Path) -> None:

@@ -6,7 +6,9 @@ recognise lesions instead of diagnosing them. Here a lesion's images always stay
 
 import dataclasses
 import hashlib
+import itertools
 import math
+import operator
 import os
 import pathlib
 from collections import defaultdict
@@ -45,7 +47,7 @@ def folds(table: pd.DataFrame, num_folds: int, seed: int) -> np.ndarray:
         seed is out of range.
     """
     lesions, faults = _lesions(table)
-    dx = lesions["dx"].to_numpy()
+    dx, _ = pd.factorize(lesions["dx"])  # numbers sort sooner than texts
     sizes = lesions["dx"].value_counts().sort_index()
     small = sizes[sizes < num_folds]
     if len(small):
@@ -233,33 +235,37 @@ def audit(
       The audit; finding a leak is no error here.
     """
     columns = ["image_id", "lesion_id", "dx", "file_sha256", *METADATA]
-    parts = [table.reindex(columns=columns).astype(object).assign(split=split)]
+    rows = table.reindex(columns=columns).assign(split=split)
     if test_table is not None:
-        parts.append(test_table.reindex(columns=columns).astype(object).assign(split="test"))
-    rows = pd.concat(parts, ignore_index=True)
+        tested = test_table.reindex(columns=columns).assign(split="test")
+        # As objects, for one of the two may lack a column that the other has.
+        rows = pd.concat([rows.astype(object), tested.astype(object)], ignore_index=True)
     rows["lesion_id"] = rows["lesion_id"].where(~_blank(rows["lesion_id"]), rows["image_id"])
     used = [name for name in SPLITS if (rows["split"] == name).any()]
 
     counts, missing = {}, {}
     for name in used:
-        part = rows[rows["split"] == name]
+        part = rows.loc[rows["split"] == name, ["lesion_id", "dx", *METADATA]]
         counts[f"{name}_images"] = part["dx"].value_counts()
         counts[f"{name}_lesions"] = part.drop_duplicates(["lesion_id", "dx"])["dx"].value_counts()
         missing[name] = {column: int(_blank(part[column]).sum()) for column in METADATA}
     counts = pd.DataFrame(counts).reindex(classes.names).fillna(0).astype(int).rename_axis("dx")
     counts.loc["total"] = counts.sum()
 
-    num_splits = rows.groupby("lesion_id")["split"].nunique()
-    hashed = rows[~_blank(rows["file_sha256"])]
+    pairs = rows[["lesion_id", "split"]].drop_duplicates()
+    shared = pairs["lesion_id"][pairs["lesion_id"].duplicated()].unique()
+    is_hashed = ~_blank(rows["file_sha256"])
+    repeated = rows[is_hashed & rows["file_sha256"].duplicated(keep=False)]
+    repeated = repeated.sort_values("file_sha256", kind="stable")
+    files_of = zip(*(repeated[k] for k in ("file_sha256", "image_id", "split")), strict=True)
     duplicates = tuple(
-        tuple(zip(group["image_id"], group["split"], strict=True))
-        for _, group in hashed.groupby("file_sha256")
-        if len(group) > 1
+        tuple((name, split) for _, name, split in group)
+        for _, group in itertools.groupby(files_of, operator.itemgetter(0))
     )
     return Audit(
         counts=counts,
-        shared_lesions=tuple(num_splits.index[num_splits > 1]),
-        duplicate_files=duplicates if len(hashed) else None,
+        shared_lesions=tuple(sorted(shared)),
+        duplicate_files=duplicates if is_hashed.any() else None,
         missing=pd.DataFrame(missing),
     )
 

@@ -18,12 +18,14 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from ham_jax.data import image
+
+if TYPE_CHECKING:  # imported where a table is read: predict mostly reads none
+    import pandas as pd
 
 MAX_BYTES = 1 << 28
 """A larger table is refused: 1,000,000 rows of HAM10000's metadata are 57 MB."""
@@ -70,7 +72,7 @@ class Table:
         "line 7: 3 fields instead of 4.", at most a few.
     """
 
-    texts: pd.DataFrame
+    texts: "pd.DataFrame"
     lines: list[int]
     faults: list[str]
 
@@ -128,7 +130,7 @@ def number(text: str) -> float:
     return float(text.replace(",", "."))
 
 
-def numbers(column: pd.Series) -> np.ndarray:
+def numbers(column: "pd.Series") -> np.ndarray:
     """Returns the numbers of a column of texts, float64 [n]; nan where there is none."""
 
     def parsed(text: str) -> float:
@@ -290,6 +292,8 @@ def _table(text: str) -> Table:
         parts.append(_texts(rows, width))
         if len(lines) * width > MAX_CELLS:
             raise TableError(f"it has more than {MAX_CELLS:,} cells.")
+    import pandas as pd
+
     texts = pd.concat(parts, ignore_index=True) if parts else _texts([], width)
     for i, name in enumerate(names):
         first = names.index(name)
@@ -302,7 +306,9 @@ def _table(text: str) -> Table:
     return Table(texts, lines, wrong)
 
 
-def _texts(rows: list[list[str]], width: int) -> pd.DataFrame:
+def _texts(rows: list[list[str]], width: int) -> "pd.DataFrame":
+    import pandas as pd
+
     columns = zip(*rows, strict=True) if rows else [()] * width
     stripped = {i: list(map(str.strip, column)) for i, column in enumerate(columns)}
     return pd.DataFrame(stripped, index=range(len(rows)), dtype=str)

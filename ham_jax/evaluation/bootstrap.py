@@ -12,6 +12,7 @@ digit. It is `balanced_accuracy_interval` wherever it is told.
 """
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ from ham_jax.evaluation.predictions import Predictions
 LEVEL = 0.95
 """The share of the resamples that an interval holds."""
 
-_CHUNK = 100  # resamples side by side: 2,000 images then take 1.6 MB, which a core's cache holds
+_CHUNK = 100  # resamples side by side
+_CACHED = 200_000  # numbers that are worked on at once: 1.6 MB, which a core's cache holds
 
 
 def intervals(predictions: Predictions, num_draws: int = 2000, seed: int = 0) -> dict[str, Any]:
@@ -143,9 +145,10 @@ def resamples(
     rng = np.random.default_rng(seed)
     for start in range(0, num_draws, _CHUNK):
         num = min(_CHUNK, num_draws - start)
-        places = rng.integers(low, high, (num, len(low))) + np.arange(num)[:, None] * len(low)
-        counts = np.bincount(places.ravel(), minlength=places.size).reshape(places.shape)
-        yield counts.T[of_image.ravel()].astype(np.float64)
+        weights = np.empty((num, len(strata)))
+        for row in weights:
+            row[:] = np.bincount(rng.integers(low, high), minlength=len(low))[of_image.ravel()]
+        yield weights.T
 
 
 def draws(figures: "Figures", weights: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
@@ -193,13 +196,16 @@ class Figures:
           confidence less accuracy); float64 [C, d] each: sensitivity, auc, average_precision. nan
           where undefined; means run over the classes where it is defined.
         """
-        all_sums = self._parts @ weights
+        rows = np.ascontiguousarray(weights.T)
+        all_sums = self._parts @ rows.T
         sums = {of: all_sums[rows] for of, rows in self._rows.items()}
         of_class = sums[metrics.of_class]
         total = of_class.sum(axis=0)
         auc, average_precision = np.full((2, *of_class.shape), np.nan)
-        for k, ranks in self._ranks.items():
-            auc[k], average_precision[k] = ranks.areas(weights)
+        with ThreadPoolExecutor() as pool:
+            areas = pool.map(lambda ranks: ranks.areas(rows), self._ranks.values())
+            for k, of_one in zip(self._ranks, areas, strict=True):
+                auc[k], average_precision[k] = of_one
         found = {
             "sensitivity": _ratio(sums[metrics.hits], of_class),
             "auc": auc,
@@ -231,20 +237,34 @@ class _Ranks:
         )
 
     def areas(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns AUC and average precision [d] of weights [n, d]."""
-        below = _sums_before(weights[self._order])
-        own = weights[self._positives]
+        """Returns AUC and average precision [d] of weights [d, n]."""
+        step = max(1, _CACHED // len(self._order))
+        parts = [self._areas(weights[i : i + step]) for i in range(0, len(weights), step)]
+        auc, average_precision = map(np.concatenate, zip(*parts, strict=True))
+        return auc, average_precision
+
+    def _areas(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        below = _sums_before(weights.take(self._order, axis=1))
+        own = weights.take(self._positives, axis=1)
         own_below = _sums_before(own)
-        num_positive, total = own_below[-1], below[-1]
-        below_low, own_below_low = below[self._low], own_below[self._own_low]
+        num_positive, total = own_below[:, -1], below[:, -1]
+        below_low, own_below_low = (
+            below.take(self._low, axis=1),
+            own_below.take(self._own_low, axis=1),
+        )
         # Each positive wins against the negatives below it and half of those level with it.
-        wins = below_low - own_below_low + below[self._high] - own_below[self._own_high]
+        wins = below.take(self._high, axis=1)
+        wins += below_low
+        wins -= own_below_low
+        wins -= own_below.take(self._own_high, axis=1)
+        wins *= own  # whole numbers, which are summed exactly in any order
         pairs = 2 * num_positive * (total - num_positive)
         # Each positive adds the precision among the images that score no less than it does.
-        precision = _ratio(num_positive - own_below_low, total - below_low)
+        precision = _ratio(num_positive[:, None] - own_below_low, total[:, None] - below_low)
+        own *= np.nan_to_num(precision)
         return (
-            _ratio(np.einsum("nd,nd->d", own, wins), pairs),
-            _ratio(np.einsum("nd,nd->d", own, np.nan_to_num(precision)), num_positive),
+            _ratio(wins.sum(axis=1), pairs),
+            _ratio(_sums_before(own)[:, -1], num_positive),
         )
 
 
@@ -252,9 +272,9 @@ _SIDES = ("left", "right")
 
 
 def _sums_before(weights: np.ndarray) -> np.ndarray:
-    """Returns the sums [n + 1, d] of the first 0, 1, ... n rows."""
-    sums = np.zeros((len(weights) + 1, weights.shape[1]))
-    np.cumsum(weights, axis=0, out=sums[1:])
+    """Returns the sums [d, n + 1] of the first 0, 1, ... n columns, added one after the other."""
+    sums = np.zeros((len(weights), weights.shape[1] + 1))
+    np.cumsum(weights, axis=1, out=sums[:, 1:])
     return sums
 
 

@@ -16,7 +16,7 @@ from ham_jax.config import InputError
 from ham_jax.data import metadata
 from ham_jax.data import prepare as preparation
 from ham_jax.data.records import Subset
-from ham_jax.evaluation import bootstrap, calibration, isic, leakage, metrics, ood
+from ham_jax.evaluation import bootstrap, calibration, isic, leakage, lesions, metrics, ood
 from ham_jax.evaluation.predictions import Predictions
 from ham_jax.inference import decision, detector
 from ham_jax.inference.decision import Calibrated
@@ -211,12 +211,14 @@ def report(
 
     Returns:
       What metrics.json holds: the numbers of the raw probabilities, their 95 % intervals from a
-      bootstrap over lesions, what they were measured on, `calibration.measure`, and of HAM10000's
-      split test the challenge's own figures.
+      bootstrap over lesions, what they were measured on, `by_lesion` (`lesions.measure`) where a
+      lesion has several images, `calibration.measure`, and of HAM10000's split test the
+      challenge's own figures.
     """
     classes = predictions.classes
     numbers = metrics.compute(predictions)
     intervals = bootstrap.intervals(predictions)
+    by_lesion = lesions.measure(predictions)
     if split == "test" and isic.knows(
         classes
     ):  # only there are others' figures to compare them with
@@ -233,6 +235,7 @@ def report(
         "split": split,
         **provenance,
         "num_lesions": predictions.num_lesions,
+        **({"by_lesion": by_lesion} if by_lesion else {}),
         **decided,
         "classes": list(classes),
         "malignant": list(classes.malignant),
@@ -272,6 +275,7 @@ def _print(numbers: dict[str, Any], written: str) -> None:
     summary = [
         ["", "with the 95 % interval over lesions"],
         *([metric.title, with_interval(metric.name)] for metric in metrics.METRICS),
+        *(_by_lesion_row(numbers["by_lesion"]) if "by_lesion" in numbers else ()),
         *(_decision_rows(numbers) if "calibration" in numbers else ()),
         *(
             [name, ", ".join(f"{p['balanced_accuracy']:.3f}" for p in numbers[name])]
@@ -282,6 +286,14 @@ def _print(numbers: dict[str, Any], written: str) -> None:
         ["written", written],
     ]
     console.print_table(DISCLAIMER, ["", ""], summary)
+
+
+def _by_lesion_row(found: dict[str, Any]) -> list[list[str]]:
+    """Returns the printed row of `lesions.measure`."""
+    low, high = found["balanced_accuracy_interval"]
+    said = f"balanced accuracy {found['balanced_accuracy']:.3f} ({low:.3f} to {high:.3f})"
+    of_one = f"with one photograph of each {found['balanced_accuracy_of_one']:.3f}"
+    return [["one answer a lesion", f"{said}, {of_one}"]]
 
 
 def _decision_rows(numbers: dict[str, Any]) -> list[list[str]]:

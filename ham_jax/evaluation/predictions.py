@@ -132,6 +132,24 @@ class Predictions:
         """Returns the same images with other probabilities, float [n, C]."""
         return dataclasses.replace(self, probabilities=probabilities)
 
+    def by_lesion(self) -> "Predictions":
+        """Returns a row a lesion: the mean of its images' probabilities, sorted by name.
+
+        A lesion that has two labels counts as two, as in `bootstrap.resamples`. The order of the
+        images changes no digit.
+
+        Returns:
+          `image_ids` are those of the lesions; `metadata` has `num_images` alone.
+        """
+        _, lesion = np.unique(self.lesion_ids, return_inverse=True)
+        order = np.lexsort((*self.probabilities.T, self.labels, lesion))
+        keys = np.stack([lesion, self.labels])[:, order]
+        _, first, sizes = np.unique(keys, axis=1, return_index=True, return_counts=True)
+        sums = np.add.reduceat(self.probabilities[order], first)
+        rows, ids = order[first], self.lesion_ids[order[first]]
+        counts = pd.DataFrame({"num_images": sizes})
+        return Predictions(self.classes, self.labels[rows], sums / sizes[:, None], ids, ids, counts)
+
     def write(self, path: str | os.PathLike) -> None:
         """Writes image_id, lesion_id, truth, the probabilities and the metadata.
 

@@ -33,6 +33,7 @@ from ham_jax.evaluation import (
     calibration,
     figures,
     isic,
+    lesions,
     metrics,
     on_lesion,
     predictions,
@@ -47,6 +48,9 @@ from ham_jax.inference.decision import Calibrated
 
 FILE, CARD = "report.html", "model_card.md"
 PANELS = "explanations"
+TESTS = ("test/metrics.json", "test_metrics.json")
+"""What `--mode=eval --split=test --output=RUN/test` writes into a run's folder, and its name in an
+export."""
 
 INTENDED = "education and research: how such networks are trained, measured and explained"
 OUT_OF_SCOPE = (
@@ -96,6 +100,7 @@ class Evidence:
       audit: audit.csv, a row a class.
       panels: of explanations/ the step and the pictures: {name, said, data}.
       on_lesion: explanations/on_lesion.csv.
+      test: of one of TESTS, beside the predictions of another split.
     """
 
     workdir: Path
@@ -108,6 +113,7 @@ class Evidence:
     audit: list[dict[str, str]]
     panels: Mapping[str, Any] | None
     on_lesion: pd.DataFrame | None
+    test: Mapping[str, Any] | None
 
 
 def run(workdir: Path, output: Path | None = None) -> None:
@@ -186,6 +192,8 @@ def read(workdir: Path) -> Evidence:
         get(_read_panels, f"{PANELS}/manifest.json", None),
         judged
         and get(lambda p: _read_on_lesion(p, judged.classes), f"{PANELS}/{on_lesion.FILE}", None),
+        get(lambda p: _read_test(p, numbers), TESTS[0], None)
+        or get(lambda p: _read_test(p, numbers), TESTS[1], None),
     )
     if not faults and numbers:
         faults += _mismatch(workdir, judged, numbers)
@@ -214,6 +222,8 @@ def measure(evidence: Evidence) -> dict[str, Any]:
         "split": split,
         "split_name": _SPLITS.get(split or "", "not known, as there is no metrics.json"),
         "num_lesions": judged.num_lesions,
+        "by_lesion": lesions.measure(judged),
+        "test": evidence.test,
         "isic": isic.score(judged) if split == "test" and isic.knows(judged.classes) else None,
         **(
             calibration.measure(judged, calibrated, cross_fitted)
@@ -433,6 +443,41 @@ def _read_on_lesion(path: Path, classes: Classes) -> pd.DataFrame:
     if table["heat_on_lesion"].isna().all() or not table["truth"].isin(classes.names).all():
         raise ValueError("it has no number, or other classes")
     return table
+
+
+def _read_test(path: Path, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what is told of the test split.
+
+    Args:
+      path: one of TESTS.
+      own: metrics.json of the folder itself; empty where it is missing.
+
+    Raises:
+      ValueError: it is of another split, or of other weights than `own`.
+    """
+    numbers = _read_numbers(path)
+    found = [numbers.get("split"), numbers.get("step")]
+    needed = ["test", own.get("step") if own else found[1]]
+    if found != needed:
+        raise ValueError(f"its split and step are {found}, not {needed}")
+    intervals = numbers["intervals"]
+    decided, calibrated = numbers.get("decision"), numbers.get("calibration")
+    return {
+        **{name: numbers[name] for name in ("num_images", "num_lesions")},
+        "metrics": [
+            (metric.title, numbers[metric.name], intervals[metric.name])
+            for metric in metrics.METRICS
+            if metric.name in intervals
+        ],
+        "by_lesion": numbers.get("by_lesion"),
+        "per_class": [
+            (dx, row["num_images"], row["sensitivity"], intervals["per_class"][dx]["sensitivity"])
+            for dx, row in numbers["per_class"].items()
+        ],
+        "flag": decided and decided["malignant"],
+        "sets": decided and decided["sets"][f"{decision.LEVEL:.2f}"]["shown"],
+        "calibrated": calibrated and calibrated[calibrated["method"]],
+    }
 
 
 def _mismatch(workdir: Path, judged: Predictions, numbers: Mapping[str, Any]) -> list[str]:

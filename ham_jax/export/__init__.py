@@ -33,6 +33,7 @@ Body = Callable[[Path, str], str]
 """From a run's folder and the model's name to the part of its card that says how good it is."""
 
 _COPIED = ("split.csv", "metrics.json", "predictions.csv", "audit.csv", "robustness.csv")
+_TESTED = ("metrics.json", "predictions.csv")  # in a run's test/, in an export test_<name>
 _RUNTIMES = {"onnx": "model.onnx", "stablehlo": "model.stablehlo"}
 _NUM_VERIFIED = 16  # photographs
 # The greatest difference of a probability that is not taken for a fault.
@@ -151,6 +152,10 @@ def _write(
     for file in _COPIED:
         if (model.workdir / file).is_file():
             shutil.copyfile(model.workdir / file, folder / file)
+    for file in _TESTED:
+        for place in (model.workdir / f"test_{file}", model.workdir / "test" / file):
+            if place.is_file():
+                shutil.copyfile(place, folder / f"test_{file}")
     _write_weights(model, folder, options.dtype)
     photographs = _photographs(model, folder)
     expected = _answers(model, photographs)

@@ -5,6 +5,7 @@ laid over the features of the training images; an image that is far from all of 
 """
 
 import dataclasses
+import functools
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,10 @@ class Detector:
     threshold: float
     provenance: Mapping[str, Any]
 
+    @functools.cached_property
+    def _white_means(self) -> np.ndarray:
+        return self.means @ self.whitening
+
     def distance(self, features: np.ndarray) -> np.ndarray:
         """Returns the Mahalanobis distance to the nearest class mean, float64 [n].
 
@@ -48,7 +53,7 @@ class Detector:
           features: [n, F].
         """
         white = np.asarray(features, np.float64) @ self.whitening
-        of_classes = [np.linalg.norm(white - mean, axis=1) for mean in self.means @ self.whitening]
+        of_classes = [np.linalg.norm(white - mean, axis=1) for mean in self._white_means]
         return np.min(of_classes, axis=0)
 
     def score(self, features: np.ndarray) -> np.ndarray:

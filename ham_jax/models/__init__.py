@@ -76,9 +76,9 @@ class Network:
         and `normalize`: the mean and std of RGB in [0, 1] that the weights expect.
       apply: (params, batch_stats, image float32 [B, H, W, 3] in [0, 1], train, key=None,
         metadata=None) -> (logits float32 [B, C], new batch_stats). The network normalises the
-        image itself. In training BatchNorm looks at the whole global batch, and dropout and
-        stochastic depth, where they are on, need a `key`. metadata: float32 [B, M], for a network
-        built with M > 0.
+        image itself. In training BatchNorm looks at the whole global batch, or at each of the
+        parts of `norm.in_groups`; dropout and stochastic depth, where they are on, need a `key`.
+        metadata: float32 [B, M], for a network built with M > 0.
       features: (params, batch_stats, image) -> float32 [B, F], the backbone's features as the head
         sees them in evaluation, before metadata.
       class_maps: (params, batch_stats, image, classes int [B], metadata=None) -> (map, gradient),

@@ -1,11 +1,30 @@
-"""BatchNorm over the whole global batch, for every network."""
+"""BatchNorm over the whole global batch or parts of it, for every network."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+
+_num_groups = 1
+
+
+@contextlib.contextmanager
+def in_groups(number: int) -> Iterator[None]:
+    """Within it, what is traced normalises each of so many equal parts of a batch by itself.
+
+    Where each part lies on one device or host, no other is asked. The running statistics take the
+    mean over the parts.
+    """
+    global _num_groups
+    before, _num_groups = _num_groups, number
+    try:
+        yield
+    finally:
+        _num_groups = before
 
 
 class Norm(nnx.BatchNorm):
@@ -28,7 +47,13 @@ class Norm(nnx.BatchNorm):
         if self.use_running_average:
             scale = scale * lax.rsqrt(self.var[...] + self.epsilon)
             return _affine(x, scale, bias - self.mean[...] * scale)
-        y, mean, var = _normalize(x, scale, bias, self.epsilon)
+        normalize = lambda x: _normalize(x, scale, bias, self.epsilon)  # noqa: E731
+        if _num_groups == 1:
+            y, mean, var = normalize(x)
+        else:
+            groups = x.reshape(_num_groups, -1, *x.shape[1:])
+            y, mean, var = jax.vmap(normalize)(groups)
+            y, mean, var = y.reshape(x.shape), mean.mean(0), var.mean(0)
         for average, new in ((self.mean, mean), (self.var, var)):
             old = average[...]
             average[...] = self.momentum * old + (1 - self.momentum) * lax.stop_gradient(new)

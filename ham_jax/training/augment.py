@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from ham_jax.data import preprocess
+from ham_jax.training import turn
 from ham_jax.training.streams import Stream
 
 
@@ -72,8 +73,12 @@ def _view(config, image, target, of_crop, of_dihedral, of_warp):
         boxes = jnp.asarray(preprocess.central_boxes(batch_size, height, width, 1.0))
     k = jax.random.randint(of_dihedral, (batch_size,), 0, 8) if config.dihedral else jnp.int32(0)
     if config.strength and config.rotation:
-        matrix = draw_turns(of_warp, batch_size, math.radians(config.rotation) * config.strength)
-        view = preprocess.dihedral(resample_warped(image, boxes, matrix, config.crop_px), k)
+        reach = math.radians(config.rotation) * config.strength
+        low, high = config.crop_ratio
+        # A box that is cut to the canvas comes nearer to the canvas's ratio.
+        most = turn.Most(reach, max(high, 1 / low, width / height, height / width))
+        angle = draw_angles(of_warp, batch_size, reach)
+        view = turn.resample_turned(image, boxes, angle, k, config.crop_px, most)
     elif config.dihedral:
         view = preprocess.resample_dihedral(image, boxes, k, config.crop_px)
     else:
@@ -178,53 +183,11 @@ def draw_boxes(
     return jnp.stack([top, left, box_height, box_width], -1)
 
 
-def draw_turns(key: jax.Array, batch_size: int, reach: float) -> jax.Array:
-    """Draws turns by angles uniform within +- reach (radians), as matrices [B, 2, 2].
-
-    They lead from places in the view to places in the canvas.
-    """
+def draw_angles(key: jax.Array, batch_size: int, reach: float) -> jax.Array:
+    """Draws angles uniform within +- reach (radians), [B]."""
     # Two numbers an image, of which the second is no longer used: the first stays what it was.
     angle, _ = jax.random.uniform(key, (2, batch_size), minval=-1.0, maxval=1.0)
-    cos, sin = jnp.cos(angle * reach), jnp.sin(angle * reach)
-    return jnp.stack([jnp.stack([cos, -sin], -1), jnp.stack([sin, cos], -1)], 1)
-
-
-def resample_warped(
-    image: jax.Array, boxes: jax.Array, matrix: jax.Array, size_px: int
-) -> jax.Array:
-    """Cuts a box that is turned about its middle, and scales it to a square.
-
-    Each pixel is interpolated once (bilinear), as in `preprocess.resample`, so that a turn does not
-    blur. Where the canvas is much larger than the result, each result pixel is the mean of 2x2 or
-    more places, against aliasing. Outside the canvas its mirror image is seen.
-
-    Args:
-      image: uint8 [B, H, W, 3].
-      boxes: top, left, height, width in pixels, float [B, 4].
-      matrix: from the upright box's (row, column), seen from its middle, to the canvas's, in
-        pixels, [B, 2, 2].
-      size_px: side of the result.
-
-    Returns:
-      float32 [B, size_px, size_px, 3] in [0, 1].
-    """
-    batch_size, height, width, channels = image.shape
-    parts = max(round(min(height, width) / size_px), 1)
-    side = size_px * parts
-    share = (jnp.arange(side) + 0.5) / side - 0.5
-    corner, size = boxes[:, :2, None, None], boxes[:, 2:]
-    # Not a matrix product, which GPUs and TPUs round to a few bits: these are pixels.
-    down, across = jnp.moveaxis(matrix * size[:, None], -1, 0)[..., None, None]
-    place = down * share[:, None] + across * share  # [B, 2, side, side]
-    place += corner + size[..., None, None] / 2 - 0.5
-
-    def channel(pixels, place):
-        return jax.scipy.ndimage.map_coordinates(pixels, list(place), 1, "mirror")
-
-    view = jax.vmap(jax.vmap(channel, (2, None), 2))(image / jnp.float32(255), place)
-    # The barrier keeps XLA from looking the pixels up anew for each step that follows.
-    view = jax.lax.optimization_barrier(view)
-    return view.reshape(batch_size, size_px, parts, size_px, parts, channels).mean((2, 4))
+    return angle * reach
 
 
 def draw_color(key: jax.Array, batch_size: int, reach: float) -> tuple[jax.Array, ...]:

@@ -486,7 +486,9 @@ def _most_steps_per_call(config: ml_collections.ConfigDict, feed: str) -> int:
 
     One on CPU, where XLA runs convolutions in a rolled loop 12 to 28 times slower.
     """
-    if feed == "stream" or (not config.train.steps_per_dispatch and jax.default_backend() == "cpu"):
+    if feed != "resident" or (
+        not config.train.steps_per_dispatch and jax.default_backend() == "cpu"
+    ):
         return 1
     every = config.log.every_steps  # a divisor of it, so that logs do not cut a group
     auto = max(n for n in range(1, _STEPS_PER_DISPATCH + 1) if every % n == 0)

@@ -16,7 +16,7 @@ import optax
 from ham_jax import parallel
 from ham_jax.data import metadata
 from ham_jax.model import Model, Variables
-from ham_jax.models import Network, Tree, conv
+from ham_jax.models import Network, Tree, conv, norm
 from ham_jax.training import augment, distill, losses, optim
 from ham_jax.training.streams import Stream
 
@@ -111,7 +111,7 @@ def make_train_step(
       On GPU and TPU the state given is consumed; on CPU, where donating costs time, it is not.
     """
     root = jax.random.key(config.seed)
-    gradient = _gradient(network, loss, config, teachers)
+    gradient = _gradient(network, loss, config, mesh, teachers)
 
     def train_step(state: State, batch: Batch, taught: Sequence[Variables]):
         key = jax.random.fold_in(root, state["step"])
@@ -164,6 +164,7 @@ def _gradient(
     network: Network,
     loss: losses.Loss,
     config: ml_collections.ConfigDict,
+    mesh: jax.sharding.Mesh,
     teachers: Sequence[Model],
 ) -> Callable:
     """Returns (params, batch_stats, seen, key, taught) -> ((loss, (accuracy, batch_stats)), grads).
@@ -172,6 +173,10 @@ def _gradient(
     """
     num_parts = config.train.accumulate
     share, temperature = config.loss.teacher_share, config.loss.teacher_temperature
+    hosts = {device.process_index for device in mesh.devices.flat}
+    num_groups = {"global": 1, "host": len(hosts), "device": mesh.devices.size}[
+        config.model.batch_norm
+    ]
 
     def of_part(params, batch_stats, seen: Seen, key, batch_size: int, taught):
         if teachers:
@@ -187,9 +192,10 @@ def _gradient(
 
         def summed(params):
             params = optim.detach_frozen(config.optim, params)
-            logits, new_stats = network.apply(
-                params, batch_stats, seen.image, train=True, key=key, metadata=seen.metadata
-            )
+            with norm.in_groups(num_groups):
+                logits, new_stats = network.apply(
+                    params, batch_stats, seen.image, train=True, key=key, metadata=seen.metadata
+                )
             hits = (logits.argmax(-1) == seen.target.argmax(-1)).sum()
             return of_each(logits).sum() / batch_size, (hits / batch_size, new_stats)
 

@@ -53,6 +53,14 @@ def test_a_turn_counts_only_what_follows_its_untimed_steps():
     assert told == [1, 3, 4]
 
 
+def test_a_start_ends_with_its_sign_or_with_the_command():
+    python = [sys.executable, "-c"]
+    talks = [*python, "import time; print('ready', flush=True); time.sleep(0.5)"]
+    assert speed._seconds_until("ready", talks, {}) + 0.4 < speed._seconds_until(None, talks, {})
+    with pytest.raises(RuntimeError, match="broken"):
+        speed._seconds_until(None, [*python, "raise SystemExit('broken')"], {})
+
+
 def test_work_of_another_form_is_refused():
     flags.FLAGS.mark_as_parsed()
     with pytest.raises(flags.IllegalFlagValueError, match="model:pixels:batch"):

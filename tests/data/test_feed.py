@@ -1,4 +1,4 @@
-"""Both feeds, on any number of devices and processes, bring the same images in the same order."""
+"""Each feed, on any number of devices and processes, brings the same images in the same order."""
 
 import os
 import shutil
@@ -57,25 +57,48 @@ def single(steps):
     return [range(step, step + 1) for step in steps]
 
 
-def test_stream_and_resident_bring_the_same_pixels_and_labels(records):
+KINDS = ("stream", "threads", "resident")
+
+
+def test_each_feed_brings_the_same_pixels_and_labels(records):
     rows = np.arange(0, len(records.table), 2)
     order = feed.shuffled(rows, 16, seed=1)
     mesh = parallel.mesh()
-    steps = range(3, 6)
-    streamed = list(feed.batches("stream", Subset(records, rows), order, single(steps), mesh))
-    resident = list(feed.batches("resident", Subset(records, rows), order, single(steps), mesh))
-    for step, a, b in zip(steps, streamed, resident, strict=True):
+    steps = range(3, 16)
+    batches = [
+        list(feed.batches(kind, Subset(records, rows), order, single(steps), mesh))
+        for kind in KINDS
+    ]
+    for step, *of_step in zip(steps, *batches, strict=True):
         truth = records.read(order(step))
-        np.testing.assert_array_equal(a["image"], truth)
-        np.testing.assert_array_equal(b["image"], truth)
         labels = records.table["label"].to_numpy()[order(step)]
-        np.testing.assert_array_equal(a["label"], labels)
-        np.testing.assert_array_equal(b["label"], labels)
-        assert a["image"].sharding == b["image"].sharding
+        for batch in of_step:
+            np.testing.assert_array_equal(batch["image"], truth)
+            np.testing.assert_array_equal(batch["label"], labels)
+            assert batch["image"].sharding == of_step[0]["image"].sharding
 
 
-@pytest.mark.parametrize("kind", ["stream", "resident"])
-def test_damaged_records_are_named_by_either_feed(kind, tiny_records, tmp_path):
+def test_the_feed_is_chosen_by_memory_and_a_stream_needs_no_tensorflow(monkeypatch):
+    mesh, find = parallel.mesh(), feed.importlib.util.find_spec
+    memory = feed._memory(mesh)
+    assert [feed.choose("auto", n, mesh) for n in (memory // 4, memory // 4 + 1)] == [
+        "resident",
+        "stream",
+    ]
+    assert feed.choose("resident", memory, mesh) == "resident"
+    monkeypatch.setattr(feed, "_host_bytes", lambda: 16_000_000_000)  # of eight devices
+    with pytest.raises(InputError, match=r"needs 147\.0 GB .* and 2\.0 GB is what .*feed=stream"):
+        feed.choose("resident", 147_000_000_000, mesh)
+    monkeypatch.setattr(
+        *(feed.importlib.util, "find_spec"),
+        lambda name: None if name == "tensorflow" else find(name),
+    )
+    asked = (("stream", 1), ("auto", 500_000_001), ("auto", 500_000_000))
+    assert [feed.choose(*one, mesh) for one in asked] == ["threads", "threads", "resident"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_records_are_named_by_each_feed(kind, tiny_records, tmp_path):
     folder = shutil.copytree(tiny_records, tmp_path / "records")
     (path,) = folder.glob("*.array_record*")
     content = bytearray(path.read_bytes())
@@ -122,15 +145,14 @@ def test_sequential_shows_each_row_once_and_pads_the_last_batch(records):
             np.testing.assert_array_equal(whole["metadata"], known)
 
 
-def test_both_feeds_bring_metadata_where_it_is_asked_for(records):
+def test_each_feed_brings_metadata_where_it_is_asked_for(records):
     rows = np.arange(len(records.table))
     order = feed.shuffled(rows, 8, seed=2)
     known = np.random.default_rng(0).normal(size=(len(rows), 3)).astype(np.float32)
     ask = (Subset(records, rows), order, single(range(4)), parallel.mesh(), known)
-    streamed = list(feed.batches("stream", *ask))
-    resident = list(feed.batches("resident", *ask))
-    for step, pair in enumerate(zip(streamed, resident, strict=True)):
-        for batch in pair:
+    of_kinds = [list(feed.batches(kind, *ask)) for kind in KINDS]
+    for step, of_step in enumerate(zip(*of_kinds, strict=True)):
+        for batch in of_step:
             np.testing.assert_array_equal(batch["metadata"], known[order(step)])
             assert batch["metadata"].sharding.spec == batch["label"].sharding.spec
     (stacked,) = feed.batches("resident", *ask[:2], [range(4)], *ask[3:])
@@ -143,17 +165,25 @@ def test_both_feeds_bring_metadata_where_it_is_asked_for(records):
 WORKER = textwrap.dedent("""
     import sys
     import numpy as np
-    from ham_jax import parallel
-    from ham_jax.data import feed
-    from ham_jax.data.records import Subset, open_records
+    from ham_jax import config, parallel
+    from ham_jax.data import feed, layouts, prepare
+    from ham_jax.data.records import Subset
 
-    folder, out = sys.argv[1:]
+    raw, prepared, out = sys.argv[1:]
     parallel.initialize()
     import jax
-    records = open_records(folder)
+    c, find = config.base(), layouts.find
+    c.data.update(dir=raw, prepared_dir=prepared, canvas=(24, 32), num_workers=1)
+    layouts.find = lambda *args, **kwargs: print("looks") or find(*args, **kwargs)
+    try:
+        prepare.prepare(c)
+    except config.InputError as error:
+        print("refused")
+    c.data.allow_partial = True
+    records = prepare.prepare(c).records
     rows = np.arange(len(records.table))
     order = feed.shuffled(rows, 8, seed=5)
-    for kind in ("stream", "resident"):
+    for kind in ("stream", "threads", "resident"):
         calls = [range(n, n + 1) for n in range(2, 5)]
         images = Subset(records, rows)
         batches = feed.batches(kind, images, order, calls, parallel.mesh())
@@ -165,7 +195,7 @@ WORKER = textwrap.dedent("""
 """)
 
 
-def start_job(num_processes, num_devices, folder, out):
+def start_job(num_processes, num_devices, raw, prepared, out):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -180,19 +210,28 @@ def start_job(num_processes, num_devices, folder, out):
         common["HAM_JAX_COORDINATOR"] = f"127.0.0.1:{port}"
     return [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, folder, out],
+            [sys.executable, "-c", WORKER, raw, prepared, out],
+            stdout=subprocess.PIPE,
+            text=True,
             env=common | ({"HAM_JAX_PROCESS_ID": str(number)} if num_processes > 1 else {}),
         )
         for number in range(num_processes)
     ]
 
 
-def test_one_and_two_processes_see_the_same_global_batches(tiny_records, tmp_path):
-    jobs = start_job(1, 4, tiny_records, tmp_path / "one")
-    jobs += start_job(2, 2, tiny_records, tmp_path / "two")
-    assert [job.wait(120) for job in jobs] == [0, 0, 0]
+def test_one_and_two_processes_see_the_same_global_batches(tiny_raw, tiny_records, tmp_path):
+    for folder in ("one-records", "two-records"):  # each start finds records, but nothing noted
+        (tmp_path / folder / "ham10000").mkdir(parents=True)
+        there = tmp_path / folder / "ham10000" / tiny_records.parent.name
+        there.symlink_to(tiny_records.parent)
+    jobs = start_job(1, 4, tiny_raw, tmp_path / "one-records", tmp_path / "one")
+    jobs += start_job(2, 2, tiny_raw, tmp_path / "two-records", tmp_path / "two")
+    said = [job.communicate(timeout=120)[0].split() for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0, 0]
+    # The main process looks at the photographs; the others are told.
+    assert said == [["looks", "refused", "looks"]] * 2 + [["refused"]]
     one = {file.name: np.load(file) for file in (tmp_path / "one").iterdir()}
     two = {file.name: np.load(file) for file in (tmp_path / "two").iterdir()}
-    assert len(one) == 2 * 3 * 2 * 4  # feeds, steps, arrays, devices
+    assert len(one) == 3 * 3 * 2 * 4  # feeds, steps, arrays, devices
     assert one.keys() == two.keys()
     assert all(np.array_equal(one[name], two[name]) for name in one)

@@ -88,6 +88,85 @@ def test_records_are_made_once_and_again_when_the_photographs_change(
     assert open_records(again).fingerprint != open_records(prepared).fingerprint
 
 
+@pytest.fixture
+def looks(monkeypatch):
+    """Grows by one whenever the photographs and their tables are looked through."""
+    done, find = [], layouts.find
+    monkeypatch.setattr(layouts, "find", lambda *a, **k: done.append(1) or find(*a, **k))
+    return done
+
+
+def test_a_start_reads_no_table_and_asks_once_for_each_file(prepared, tmp_path, looks, monkeypatch):
+    raw, asked = tmp_path / "raw", []
+    count = sum(path.is_file() for path in raw.rglob("*"))
+    monkeypatch.setattr(layouts.tables, "read", lambda *_: pytest.fail("reads a table"))
+    with monkeypatch.context() as patch:
+        for name in ("stat", "lstat", "scandir", "listdir"):
+            real = getattr(os, name)
+            patch.setattr(os, name, lambda *a, _f=real, **k: asked.append(a) or _f(*a, **k))
+        assert prepare(raw, tmp_path / "out") == prepared
+    of_raw = [a for a in asked if a and str(a[0]).startswith(f"{raw}/")]
+    num_folders = sum(path.is_dir() for path in raw.rglob("*"))
+    assert len(of_raw) <= count + 3 * num_folders
+    assert looks == []
+
+
+def test_whatever_changes_in_the_folder_is_noticed(prepared, tmp_path, looks):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    first, other = raw / "HAM10000_images_part_1" / f"{IDS[0]}.jpg", tmp_path / "other.jpg"
+    table = raw / "HAM10000_metadata.csv"
+    other.write_bytes(first.read_bytes())
+    changes = [
+        lambda: os.utime(first, ns=(0, 0)),
+        lambda: os.replace(other, first),
+        lambda: table.write_text(table.read_text().replace("45.0", "46.0")),  # of the same size
+        lambda: (raw / "new").mkdir() or shutil.copy(first, raw / "new"),
+        lambda: shutil.rmtree(raw / "new"),
+        lambda: first.unlink(),
+        lambda: (raw / "lost.jpg").symlink_to("nowhere"),
+    ]
+    for number, change in enumerate(changes, 1):
+        change()
+        with contextlib.suppress(InputError):  # of the link that leads nowhere
+            prepare(raw, out)
+        assert len(looks) == number
+    (raw / "lost.jpg").unlink()
+    prepare(raw, out)  # all is as it was noted last
+    assert len(looks) == len(changes)
+    for path in (out / "ham10000").glob(".seen-*"):
+        path.write_bytes(b'{"version": 1}')
+    prepare(raw, out)
+    assert len(looks) == len(changes) + 1
+
+
+def test_another_photograph_of_the_same_size_is_told(prepared, tmp_path, looks):
+    (first, _) = (tmp_path / "raw").glob(f"*/{IDS[0]}.jpg")
+    whole = first.read_bytes()
+    first.write_bytes(whole[:300] + bytes([whole[300] ^ 1]) + whole[301:])
+    for _ in range(2):
+        with pytest.raises(InputError, match=rf"1 photographs are not .*{first}.*Delete") as error:
+            prepare(tmp_path / "raw", tmp_path / "out")
+    assert str(prepared) in str(error.value)
+    first.write_bytes(whole)
+    assert prepare(tmp_path / "raw", tmp_path / "out") == prepared
+    assert len(looks) == 3
+    assert prepare(tmp_path / "raw", tmp_path / "out") == prepared
+    assert len(looks) == 3
+
+
+def test_where_nothing_can_be_noted_a_line_says_so(prepared, tmp_path, looks, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    for path in (tmp_path / "out" / "ham10000").glob(".seen-*"):  # as of an earlier version
+        path.unlink()
+    monkeypatch.setattr(records.files, "write_bytes", refuse)
+    for _ in range(2):
+        assert prepare(tmp_path / "raw", tmp_path / "out") == prepared
+    assert len(looks) == 2
+    assert capsys.readouterr().err.count("read anew at each start") == 1
+
+
 def test_records_move_without_the_photographs(prepared, tmp_path):
     moved = tmp_path / "elsewhere"
     (tmp_path / "out").rename(moved)

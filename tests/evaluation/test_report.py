@@ -20,7 +20,9 @@ from ham_jax.data import image
 from ham_jax.evaluation import (
     bootstrap,
     calibration,
+    evaluate,
     figures,
+    lesions,
     metrics,
     predictions,
     report,
@@ -183,6 +185,12 @@ def test_the_page_says_what_the_metrics_say(full):
         )
         assert re.search(said, text), key
     assert DISCLAIMER in text
+    of_lesions = lesions.measure(judged)
+    low, high = of_lesions["balanced_accuracy_interval"]
+    said = (
+        f'<b>{of_lesions["balanced_accuracy"]:.3f}</b> <span class="span">{low:.3f} to {high:.3f}'
+    )
+    assert said in text
 
     rows = Page(text).rows
     for k, dx in enumerate(HAM10000):
@@ -260,7 +268,34 @@ def test_the_card_says_the_same(full):
     assert f"| mel | {NUM // 7} | {sensitivity:.3f} |" in card
     assert all(word in card for word in (DISCLAIMER, "CC BY-NC 4.0", "Apache", "fog"))
     assert "<script" not in card
+    of_lesions = lesions.measure(predictions.read(full / "predictions.csv"))
+    assert f"({of_lesions['num_lesions']} lesions, {of_lesions['num_with_several']} of them" in card
+    assert f"| accuracy | {of_lesions['accuracy']:.3f} | |" in card
     check_tables(card)
+
+
+def test_the_test_split_has_a_section_of_its_own(full, tmp_path, few_draws):
+    folder = tmp_path / "run"
+    shutil.copytree(full, folder)
+    (folder / "test").mkdir()
+    judged = write_predictions(folder / "test", seed=1)
+    numbers = evaluate.report(folder / "test", "test", {"step": 7}, judged, None)
+    report.run(folder)
+    told = report.read(folder).test
+    card, page = ((folder / name).read_text("utf-8") for name in (report.CARD, report.FILE))
+    section = card.split("## On the test split")[1].split("\n## ")[0]
+    value, low, high = numbers["balanced_accuracy"], *numbers["intervals"]["balanced_accuracy"]
+    assert f"| balanced accuracy | {value:.3f} | {low:.3f} to {high:.3f} |" in section
+    one = numbers["by_lesion"]["balanced_accuracy"]
+    assert f"| balanced accuracy, one answer a lesion | {one:.3f} |" in section
+    recall = numbers["per_class"]["mel"]["sensitivity"]
+    assert f"| mel | {NUM // 7} | {recall:.3f} |" in section
+    assert f"balanced accuracy <b>{value:.3f}</b>" in page.split("On the test split")[1]
+    shutil.move(folder / "test" / "metrics.json", folder / "test_metrics.json")
+    assert report.read(folder).test == told, "so do exports call it"
+    (folder / "test_metrics.json").write_text(json.dumps(numbers | {"step": 8}))
+    with pytest.raises(InputError, match=r"test_metrics\.json is damaged: its split and step"):
+        report.read(folder)
 
 
 def test_the_page_stands_alone(full):

@@ -140,6 +140,8 @@ def test_runs_together_are_an_ensemble(trained, exported, photographs, tmp_path)
     bare = shutil.copytree(trained, tmp_path / "bare")  # killed before it was evaluated
     for name in ("calibration.json", "ood.npz", "predictions.csv", "metrics.json"):
         (bare / name).unlink()
+    (bare / "test").mkdir()
+    (bare / "test" / "metrics.json").write_text("{}")
     folder = exported_to(tmp_path / "both", [exported, bare])
     loaded, both = ham_jax.load(folder), ham_jax.load([exported, bare])
     assert isinstance(loaded, ham_jax.Ensemble)
@@ -149,6 +151,7 @@ def test_runs_together_are_an_ensemble(trained, exported, photographs, tmp_path)
     first, second = loaded.members
     assert first.calibrator is not None
     assert (second.calibrator, second.detector) == (None, None)
+    assert (second.workdir / "test_metrics.json").read_text() == "{}"
     assert "nothing is known of how good it is" in second.card
     assert huggingface_hub.ModelCard(second.card).data.eval_results is None
     assert huggingface_hub.ModelCard((folder / hub.CARD).read_text()).data.library_name == "ham_jax"

@@ -1,5 +1,6 @@
 """A run can be stopped, resumed, moved to other devices and rebuilt, and stays the same run."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -17,14 +18,21 @@ from ham_jax.evaluation import evaluate, metrics, predictions
 from ham_jax.training import crossval, loop, losses, optim, step, telemetry
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_device():
     return jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
 
 
 @pytest.fixture
-def tiny(tiny_records, small_resnet18):
-    """A small run: augmentation, momentum, an average of the weights."""
+def tiny(tiny_records):
+    """A small run of a network that compiles at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "build", linear)
+        yield tiny_of(tiny_records)
+
+
+def tiny_of(tiny_records):
+    """Returns the configuration: augmentation, momentum, an average of the weights."""
     c = config.base()
     c.data.dir = str(tiny_records)
     c.data.canvas = (24, 32)
@@ -81,8 +89,8 @@ def lines(workdir):
     ]
 
 
-@pytest.fixture
-def no_unasked_transfers(monkeypatch):
+@contextlib.contextmanager
+def no_unasked_transfers():
     """Fails where a train step moves data between host and device that nobody put there."""
     make = step.make_train_step
 
@@ -95,20 +103,32 @@ def no_unasked_transfers(monkeypatch):
 
         return take_guarded
 
-    monkeypatch.setattr(step, "make_train_step", guarded)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "make_train_step", guarded)
+        yield
 
 
-@pytest.mark.usefixtures("no_unasked_transfers")
-def test_resume_is_bit_exact_and_so_are_both_feeds(tiny, one_device, tmp_path):
-    tiny.augment.mixup = 0.2  # not everywhere: its Beta draws compile for seconds
-    unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
-    loop.train(tiny, unbroken, one_device, StopAfter())
+def train_resnet(c, workdir, mesh, stop_after):
+    c.augment.mixup = 0.2  # not everywhere: its Beta draws compile for seconds
+    with no_unasked_transfers():
+        return loop.train(c, workdir, mesh, StopAfter(stop_after))
 
-    tiny.data.feed = "stream"
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_records, small_resnet18, one_device, tmp_path_factory):
+    """A run of a real network that nobody stopped; to be read only."""
+    workdir = tmp_path_factory.mktemp("runs") / "unbroken"
+    train_resnet(tiny_of(tiny_records), workdir, one_device, None)
+    return workdir
+
+
+def test_resume_is_bit_exact_and_so_are_both_feeds(unbroken, tiny_records, one_device, tmp_path):
+    c, resumed = tiny_of(tiny_records), tmp_path / "resumed"
+    c.data.feed = "stream"
     with pytest.raises(loop.Preempted) as stopped:
-        loop.train(tiny, resumed, one_device, StopAfter(2))
+        train_resnet(c, resumed, one_device, 2)
     assert stopped.value.exit_code == 75
-    numbers = loop.train(tiny, resumed, one_device, StopAfter())
+    numbers = train_resnet(c, resumed, one_device, None)
 
     assert_same_state(final_state(resumed), final_state(unbroken))
     assert lines(resumed) == lines(unbroken)
@@ -158,8 +178,7 @@ def linear(config, num_classes, num_metadata=0):
     return models.Network("linear", lambda seed: (params, {}), apply, features, None, None)
 
 
-def test_steps_of_one_call_are_the_same_steps(tiny, one_device, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "build", linear)
+def test_steps_of_one_call_are_the_same_steps(tiny, one_device, tmp_path):
     tiny.model.metadata = True
     tiny.augment.crop_px, tiny.augment.progressive = 24, ((0.8, 16),)
     tiny.checkpoint.every = tiny.eval.every = {"steps": 5}
@@ -175,6 +194,7 @@ def test_steps_of_one_call_are_the_same_steps(tiny, one_device, tmp_path, monkey
 
 def test_metadata_draw_with_a_key_of_their_own_in_each_part_of_a_batch(tiny, one_device):
     """Beside a network that ignores them, nothing changes; one that takes them sees each row's."""
+    tiny.augment.update(strength=0.0, dihedral=False)  # compiles sooner
     batch = {
         "image": np.random.default_rng(0).integers(0, 256, (8, 24, 32, 3), np.uint8),
         "label": np.arange(8, dtype=np.int32) % 7,
@@ -205,41 +225,44 @@ def test_metadata_draw_with_a_key_of_their_own_in_each_part_of_a_batch(tiny, one
     assert np.abs(whole - after_a_step(batch, metadata.NUM_METADATA, dropout=0.0)).max() > 1e-3
 
 
-def test_eval_rebuilds_the_run_from_its_folder_to_the_last_digit(tiny, one_device, tmp_path):
-    loop.train(tiny, tmp_path, one_device, StopAfter())
-    written = json.loads((tmp_path / "metrics.json").read_text())
-    logged = {row["step"]: row for row in lines(tmp_path) if "val/balanced_accuracy" in row}
+def test_eval_rebuilds_the_run_from_its_folder_to_the_last_digit(unbroken, one_device, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(unbroken, run)
+    written = json.loads((run / "metrics.json").read_text())
+    logged = {row["step"]: row for row in lines(run) if "val/balanced_accuracy" in row}
     best = max(logged.values(), key=lambda row: row["val/balanced_accuracy"])
     assert written["balanced_accuracy"] == best["val/balanced_accuracy"]
     assert written["log_loss"] == logged[written["step"]]["val/log_loss"]
 
-    (tmp_path / "metrics.json").unlink()
-    again = evaluate.run([tmp_path], "val", [], one_device)
-    assert again == written == json.loads((tmp_path / "metrics.json").read_text())
+    (run / "metrics.json").unlink()
+    again = evaluate.run([run], "val", [], one_device)
+    assert again == written == json.loads((run / "metrics.json").read_text())
 
-    judged = predictions.read(tmp_path / "predictions.csv")
+    judged = predictions.read(run / "predictions.csv")
     assert len(set(judged.image_ids)) == len(judged) == written["num_images"]
     recomputed = metrics.compute(judged)
     assert recomputed["balanced_accuracy"] == written["balanced_accuracy"]
     assert recomputed["confusion_matrix"] == written["confusion_matrix"]
 
-    with_views = evaluate.run([tmp_path], "val", [("eval.tta", "8")], one_device)
+    with_views = evaluate.run([run], "val", [("eval.tta", "8")], one_device)
     assert with_views["tta"] == 8
     assert with_views["log_loss"] != written["log_loss"]
 
     with pytest.raises(InputError, match="cannot be set here"):
-        evaluate.run([tmp_path], "val", [("augment.crop_px", "32")], one_device)
+        evaluate.run([run], "val", [("augment.crop_px", "32")], one_device)
     with pytest.raises(InputError, match="no image in split 'test'"):
-        evaluate.run([tmp_path], "test", [], one_device)
+        evaluate.run([run], "test", [], one_device)
 
 
+@pytest.mark.usefixtures("small_resnet18")
 def test_a_diverged_run_names_the_step_and_keeps_the_last_good_checkpoint(
-    tiny, one_device, tmp_path
+    tiny_records, one_device, tmp_path
 ):
-    tiny.optim.learning_rate = 1e30
-    tiny.optim.warmup = {"steps": 0}
+    c = tiny_of(tiny_records)
+    c.optim.learning_rate = 1e30
+    c.optim.warmup = {"steps": 0}
     with pytest.raises(telemetry.NonFiniteLoss, match="step"):
-        loop.train(tiny, tmp_path, one_device, StopAfter())
+        loop.train(c, tmp_path, one_device, StopAfter())
     last, leaves = final_state(tmp_path)
     assert 1 <= last < 5
     assert all(np.isfinite(x).all() for _, x in leaves)
