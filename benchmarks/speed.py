@@ -470,8 +470,7 @@ def _time_forms(x, kernel, geometry) -> dict[str, dict[str, float]]:
                 x, kernel, *dy = arrays
                 return form(x, kernel, geometry, *dy)
 
-            options = room.compiler_options()
-            compiled[name] = jax.jit(call, compiler_options=options).lower(*given).compile()
+            compiled[name] = jax.jit(call).lower(*given).compile()
             jax.block_until_ready(compiled[name](*given))
         taken: dict[str, list[float]] = {name: [] for name in names}
         start = time.perf_counter()

@@ -194,15 +194,6 @@ def stock() -> Iterator[None]:
         _stock = False
 
 
-def compiler_options() -> dict[str, str]:
-    """Returns what XLA is told when it compiles gradients on CPU: not to use YNNPACK.
-
-    With jaxlib 0.12 it computes the weight gradient of "direct" there up to eight times slower than
-    XLA's own convolution does. Elsewhere, and within `stock`, XLA is told nothing.
-    """
-    return {"xla_cpu_experimental_ynn_fusion_type": ""} if _on_cpu() else {}
-
-
 def _on_cpu() -> bool:
     return jax.default_backend() == "cpu" and not _stock
 

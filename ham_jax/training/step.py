@@ -16,7 +16,7 @@ import optax
 from ham_jax import parallel
 from ham_jax.data import metadata
 from ham_jax.model import Model, Variables
-from ham_jax.models import Network, Tree, conv, norm
+from ham_jax.models import Network, Tree, norm
 from ham_jax.training import augment, distill, losses, optim
 from ham_jax.training.streams import Stream
 
@@ -142,12 +142,7 @@ def make_train_step(
         return jax.lax.scan(lambda state, batch: train_step(state, batch, taught), state, batch)
 
     donate = () if jax.default_backend() == "cpu" else (0,)
-    return jax.jit(
-        train_steps,
-        out_shardings=parallel.replicated(mesh),
-        donate_argnums=donate,
-        compiler_options=conv.compiler_options(),
-    )
+    return jax.jit(train_steps, out_shardings=parallel.replicated(mesh), donate_argnums=donate)
 
 
 def _seen(key: jax.Array, batch: Batch, config: ml_collections.ConfigDict) -> Seen:

@@ -196,9 +196,3 @@ def test_only_large_convolutions_get_the_form_that_takes_seconds_to_compile():
     of_kernel = (3, 3, 256, 256), conv.Geometry(1, ((1, 1), (1, 1)))
     assert set(conv.rule((32, 8, 8, 256), *of_kernel)) == {"winograd"}
     assert "winograd" not in conv.rule((2, 8, 8, 256), *of_kernel)
-
-
-def test_stock_needs_no_compiler_options():
-    assert conv.compiler_options()
-    with conv.stock():
-        assert conv.compiler_options() == {}
