@@ -3,6 +3,7 @@
 python benchmarks/speed.py step      # a training step: ours, stock Flax, PyTorch where installed
 python benchmarks/speed.py loop --data=data/ham10000   # feed, augmentation and step together
 python benchmarks/speed.py conv      # each form of each convolution: is the rule still right?
+python benchmarks/speed.py conv --table=FILE   # the fastest forms, for HAM_JAX_CONV_TABLE=FILE
 python benchmarks/speed.py crop      # the random crop: its forms, and a turned one
 python benchmarks/speed.py feed --data=data/ham10000   # batches without a model
 python benchmarks/speed.py memory    # of a training step, as compiled
@@ -41,12 +42,20 @@ from ham_jax import config as configuration  # noqa: E402
 from ham_jax import console, files  # noqa: E402
 
 _WORK = flags.DEFINE_multi_string(
-    "work", None, "step, loop, conv: model:pixels:batch, as resnet18:128:32; may be repeated."
+    "work",
+    None,
+    "step, loop, conv: model:pixels:batch, as resnet18:128:32, or model:pixels:batch:frozen, of"
+    " which stem, stage 1 and stage 2 are not trained; may be repeated.",
 )
 flags.register_validator(
     "work",
-    lambda works: all(re.fullmatch(r"\w+:\d+:\d+", work) for work in works or ()),
-    "must be model:pixels:batch, such as resnet18:128:32.",
+    lambda works: all(re.fullmatch(r"\w+:\d+:\d+(:frozen)?", work) for work in works or ()),
+    "must be model:pixels:batch, such as resnet18:128:32, or model:pixels:batch:frozen.",
+)
+_AGAINST = flags.DEFINE_list(
+    "against",
+    ["stock Flax", "PyTorch eager", "PyTorch compile"],
+    "step: whom ours is compared with; stock Flax takes half a minute a step where maps are large.",
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "How often each contestant has its turn.", 1)
 _SECONDS = flags.DEFINE_float("seconds", 2.0, "How long a turn takes, about.", 0.01)
@@ -64,14 +73,25 @@ _ORIGINALS = flags.DEFINE_string(
 _STARTS = flags.DEFINE_string(
     "starts", "", "startup: a regular expression; only what it finds in a row's name is measured."
 )
+_TABLE = flags.DEFINE_string(
+    "table", None, "conv: a file of the fastest forms to write, for $HAM_JAX_CONV_TABLE."
+)
 _JSON = flags.DEFINE_string("json", None, "The file to write; default: runs/benchmark/<what>.json.")
 _CONTESTANT = flags.DEFINE_string("contestant", None, "Internal: run as a worker.")
 
 _CALLS = [range(n, n + 1) for n in range(100_000)]  # more than a turn takes
-_ON_CPU = ("resnet18:64:32", "efficientnet_lite0:128:32", "resnet18:128:32", "resnet50:224:8")
+_ON_CPU = (
+    "resnet18:64:32",
+    "efficientnet_lite0:128:32",
+    "resnet18:128:32",
+    "resnet50:224:8",
+    "efficientnet_lite0:224:64:frozen",
+    "efficientnet_lite2:224:64:frozen",
+)
 _ON_ACCELERATOR = ("resnet50:224:256", "efficientnet_lite0:224:256")
 _CONFIGS = ("demo:", "resnet:18", "resnet:50", "efficientnet_lite:0")
 _CROPS = (((300, 400), 224, 64), ((300, 400), 224, 256))  # canvas, pixels, batch
+_EARLY = ("/stem/", "/stage1/", "/stage2/")  # what `frozen` freezes
 _PEERS = ROOT / "benchmarks" / "peers"
 
 
@@ -144,6 +164,7 @@ def step() -> dict[str, Any]:
         if _has_torch():
             for form in ("eager", "compile"):
                 commands[f"PyTorch {form}"] = [*_peer_command("torch_step", work), f"--form={form}"]
+        commands = {name: c for name, c in commands.items() if name in ("ours", *_AGAINST.value)}
         # While a contestant waited, the system took back memory; its first step asks for it anew.
         results[work] = _contest(work, commands, "a training step", untimed=1)
     return results
@@ -169,9 +190,9 @@ def _own_command(what: str, work: str, form: str) -> list[str]:
 
 
 def _peer_command(script: str, work: str) -> list[str]:
-    name, px, batch = work.split(":")
+    name, px, batch, *frozen = work.split(":")
     command = [_TORCH.value, str(_PEERS / f"{script}.py"), f"--model={name}"]
-    return [*command, f"--px={px}", f"--batch={batch}"]
+    return [*command, f"--px={px}", f"--batch={batch}", *(f"--{word}" for word in frozen)]
 
 
 def _contest(
@@ -182,7 +203,7 @@ def _contest(
         contestants = [
             stack.enter_context(Contestant(*item)) for item in commands.items()
         ]  # one after the other: each warms up alone
-        if len({c.about["parameters"] for c in contestants}) > 1:
+        if len({(c.about["parameters"], c.about["trained"]) for c in contestants}) > 1:
             raise RuntimeError(f"{work}: the networks differ in their number of parameters.")
         turns = {c.name: _turn(c, int(work.split(":")[2]), untimed) for c in contestants}
         results: dict[str, Any] = compared(rounds(turns, progress))
@@ -211,6 +232,7 @@ def _worker(what: str, form: str) -> None:
     from ham_jax.data import feed as feeds
     from ham_jax.data import prepare
     from ham_jax.models import conv
+    from ham_jax.training import optim
 
     parallel.compile_cache()
     mesh = parallel.mesh()
@@ -229,17 +251,20 @@ def _worker(what: str, form: str) -> None:
         label = np.arange(batch_size, dtype=np.int32) % 7
         batch = parallel.shard(mesh, {"image": image.astype(np.uint8), "label": label})
         batches = itertools.repeat(batch)
-    take, initial = _train_step(config, mesh)
-    state = initial()
     stock = conv.stock() if form == "stock Flax" else contextlib.nullcontext()
     with stock:
+        take, initial = _train_step(config, mesh)
+        state = initial()
         compiled = take.lower(state, next(batches)).compile()
     state, scalars = compiled(state, next(batches))
     jax.block_until_ready(scalars)
     device = jax.devices()[0]
     cost = compiled.cost_analysis() or {}
+    paths, sizes = optim.paths(state["params"]), [p.size for p in jax.tree.leaves(state["params"])]
+    frozen = "|".join(config.optim.freeze) or "$^"
     about = {
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state["params"])),
+        "parameters": sum(sizes),
+        "trained": sum(n for p, n in zip(paths, sizes, strict=True) if not re.search(frozen, p)),
         "gigaflop_per_image": cost.get("flops", 0) / batch_size / 1e9,
         "device": f"{jax.device_count()} x {device.device_kind}",
         "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax")},
@@ -315,12 +340,14 @@ def _with_data(config):
 
 
 def _config_of(work: str):
-    """Returns the configuration of model:pixels:batch, and the batch size."""
-    name, px, batch = work.split(":")
+    """Returns the configuration of a --work, and the batch size."""
+    name, px, batch, *frozen = work.split(":")
     config = configuration.base()
     config.model.name = name
     config.augment.crop_px = int(px)
     config.train.batch_size = int(batch)
+    if frozen:
+        config.optim.freeze = _EARLY
     configuration.validate(config)
     return config, int(batch)
 
@@ -329,7 +356,33 @@ def conv() -> dict[str, Any]:
     """Milliseconds of each form of each convolution of a network, and what the rule picks."""
     if _platform() != "cpu":
         raise app.UsageError("conv compares the forms on CPU; elsewhere there is only XLA's own.")
-    return {work: _conv_of(work) for work in _WORK.value or _ON_CPU}
+    results = {work: _conv_of(work) for work in _WORK.value or _ON_CPU}
+    if _TABLE.value:
+        _write_table(Path(_TABLE.value), [entry for each in results.values() for entry in each])
+    return results
+
+
+def _write_table(path: Path, measured: Sequence[Mapping[str, Any]]) -> None:
+    """Writes the fastest forms as this processor family's table, beside those of other families.
+
+    The rule's form stays where no other is 1.1 times as fast: the order of forms that lie closer
+    together changes from run to run. Of a convolution that was measured twice the last one counts.
+    """
+    from ham_jax.models import conv as room
+    from ham_jax.models import processor
+
+    table = files.read_json(path, "Delete it.") if path.exists() else {}
+    entries = {}
+    for each in measured:
+        geometry = room.Geometry(each["stride"], each["pads"], each["groups"])
+        given = each["x"], each["kernel"], geometry
+        forms = []
+        for form, ms in zip(room.rule(*given), each["ms"].values(), strict=True):
+            fastest = min(ms, key=ms.__getitem__)
+            forms.append(fastest if ms[form] > 1.1 * ms[fastest] else form)
+        entries[each["x"][1:], *given[1:]] = room.table_entry(*given, room.Forms(*forms))
+    files.write_json(path, table | {processor.family(): list(entries.values())})
+    print(f"Written: {path}; {room.TABLE}={path} makes training on this processor follow it.")
 
 
 def _conv_of(work: str) -> list[dict[str, Any]]:
@@ -675,6 +728,8 @@ def main(argv: list[str]) -> None:
     what = {f.__name__: f for f in (step, loop, conv, crop, feed, memory, startup)}
     if len(argv) != 2 or argv[1] not in what:
         raise app.UsageError(f"Say one of {', '.join(what)}.")
+    from ham_jax.models import processor
+
     results = what[argv[1]]()
     output = Path(_JSON.value or f"runs/benchmark/{argv[1]}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -682,6 +737,7 @@ def main(argv: list[str]) -> None:
         "command": shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
         "rounds": _ROUNDS.value,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "processor": processor.describe(),
         "python": platform.python_version(),
     }
     files.write_json(output, {**about, "results": results})

@@ -29,8 +29,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--workers", type=int, required=True)
+    parser.add_argument("--frozen", action="store_true", help="train from stage 3 on")
     flags = parser.parse_args()
-    step = Step(flags.model, flags.px, "eager")
+    step = Step(flags.model, flags.px, "eager", flags.frozen)
     more = [QuarterTurn(), v2.ColorJitter(0.2, 0.2, 0.2, 0.025)]
     loader = torch.utils.data.DataLoader(
         Photographs(flags.images, flags.px, 10_000, more),

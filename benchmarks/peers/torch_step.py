@@ -30,15 +30,31 @@ def network(name: str, px: int) -> torch.nn.Module:
     return getattr(torchvision.models, name)(num_classes=7, zero_init_residual=True)
 
 
+def freeze(net: torch.nn.Module) -> None:
+    """Stops training stem, stage 1 and stage 2, as ham_jax's `optim.freeze` does.
+
+    Their BatchNorms, as ours, go on normalising by the batch and keeping its averages.
+    """
+    if hasattr(net, "_blocks"):  # EfficientNet-Lite, whose third stage is the first of 5x5 kernels
+        stage3 = [b._block_args.kernel_size for b in net._blocks].index(5)
+        early = [net._conv_stem, net._bn0, *net._blocks[:stage3]]
+    else:
+        early = [net.conv1, net.bn1, net.layer1, net.layer2]
+    for module in early:
+        module.requires_grad_(False)
+
+
 class Step:
     """A training step of a network on the device there is, forward `eager` or `compile`d."""
 
-    def __init__(self, name: str, px: int, form: str):
+    def __init__(self, name: str, px: int, form: str, frozen: bool = False):
         torch.manual_seed(0)
         self.gpu = torch.cuda.is_available()
         self.device = torch.device("cuda" if self.gpu else "cpu")
         torch.backends.cudnn.benchmark = True
         self.net = network(name, px).to(self.device, memory_format=torch.channels_last).train()
+        if frozen:
+            freeze(self.net)
         self.optimizer = torch.optim.SGD(
             self.net.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4
         )
@@ -66,6 +82,7 @@ class Step:
         self.finish()
         about = {
             "parameters": sum(p.numel() for p in self.net.parameters()),
+            "trained": sum(p.numel() for p in self.net.parameters() if p.requires_grad),
             "device": torch.cuda.get_device_name() if self.gpu else "cpu",
             "versions": {"torch": torch.__version__},
         }
@@ -85,8 +102,9 @@ def main() -> None:
     parser.add_argument("--px", type=int, required=True)
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--form", choices=["eager", "compile"], required=True)
+    parser.add_argument("--frozen", action="store_true", help="train from stage 3 on")
     flags = parser.parse_args()
-    step = Step(flags.model, flags.px, flags.form)
+    step = Step(flags.model, flags.px, flags.form, flags.frozen)
     image = torch.rand(flags.batch, 3, flags.px, flags.px, device=step.device)
     image = image.contiguous(memory_format=torch.channels_last)
     label = torch.arange(flags.batch, device=step.device) % 7

@@ -14,7 +14,7 @@ from flax import nnx
 
 from ham_jax import config as configuration
 from ham_jax.config import InputError
-from ham_jax.models import convnext, efficientnet, resnet
+from ham_jax.models import conv, convnext, efficientnet, resnet
 from ham_jax.models.classifier import Classifier, Normalize
 from ham_jax.models.family import Family
 
@@ -51,14 +51,14 @@ def faults(config: ml_collections.ConfigDict) -> list[str]:
     try:
         min_px = family_of(name).min_px
     except InputError as error:
-        return error.faults
+        return error.faults + conv.faults()
     sides = [("augment.crop_px", config.augment.crop_px)]
     sides += [
         ("augment.progressive", entry[-1])
         for entry in config.augment.progressive
         if isinstance(entry, tuple) and entry and isinstance(entry[-1], int)  # config says the rest
     ]
-    return [
+    return conv.faults() + [
         f"{key} = {px} is too small for {name}: set {min_px} or more."
         for key, px in sides
         if px < min_px

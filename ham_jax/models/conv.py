@@ -2,8 +2,10 @@
 
 On GPU and TPU they are XLA's own. XLA's CPU backend has cliffs, where the same sum written as a
 matrix product or as shifted slices is many times faster. There a convolution, its input gradient
-and its weight gradient each take the form that `choose` picks by the static shape;
-`python benchmarks/speed.py conv` times every form and shows where the choice is not the fastest.
+and its weight gradient each take the form that `choose` picks by the static shape.
+`python benchmarks/speed.py conv` times every form, shows where the choice is not the fastest, and
+with `--table` writes the fastest ones to a file, which `choose` follows where $HAM_JAX_CONV_TABLE
+names it. The same processor, table and shape always get the same form.
 Every form computes the same sums.
 
 Images are [B, H, W, C], kernels [kh, kw, C_in / groups, C_out].
@@ -13,6 +15,7 @@ import contextlib
 import functools
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -21,6 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+
+from ham_jax import reading
+from ham_jax.config import InputError
+from ham_jax.models import processor
+
+TABLE = "HAM_JAX_CONV_TABLE"
+"""The environment variable that names a table of forms measured on the processor at hand."""
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
@@ -50,7 +60,23 @@ class Forms(NamedTuple):
 
 
 def choose(x: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> Forms:
-    """Returns the fastest forms on CPU for shapes x [B, H, W, C_in] and kernel."""
+    """Returns the forms on CPU for shapes x [B, H, W, C_in] and kernel.
+
+    Those that $HAM_JAX_CONV_TABLE has for this map, kernel and geometry, whatever the batch, else
+    those of `rule`.
+
+    Raises:
+      InputError: the table cannot be used.
+    """
+    table = _table(os.environ.get(TABLE, ""), processor.family())
+    return table.get((x[1:], kernel, geometry)) or rule(x, kernel, geometry)
+
+
+def rule(x: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> Forms:
+    """Returns the forms that were the fastest on an AMD EPYC, two cores, AVX2.
+
+    Every processor gets them: none with AVX-512, and none that is not x86, was measured.
+    """
     stride, pads, groups = geometry
     kh, kw, _, num_out = kernel
     depthwise = groups == x[-1] == num_out
@@ -62,6 +88,13 @@ def choose(x: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> F
     if kh == kw == 1 and pads == ((0, 0), (0, 0)):
         return Forms("product", "product", "product")
     pixels = math.prod(_output_size(x, kernel, geometry))
+    num_products = x[0] * pixels * x[-1] * num_out  # for each of the kernel's taps
+    narrow = min(x[-1], num_out)
+    if kh == kw == 3 and stride == 1 and pixels >= 16 and narrow >= 64 and num_products >= 2**26:
+        # It takes seconds to compile, which less work does not pay back. Of 64 channels the forward
+        # products are so short that their time is that of reading and writing tiles.
+        form = "winograd" if narrow >= 128 else "direct"
+        return Forms(form, form, "winograd")
     if pixels <= 49:
         return Forms("inside", "inside", "inside")
     return Forms(
@@ -69,6 +102,49 @@ def choose(x: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> F
         "phases" if stride > 1 and x[-1] >= 16 else "direct",
         "direct" if x[-1] <= 128 and pixels >= 196 else "rows" if stride == 1 else "inside",
     )
+
+
+def table_entry(x: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry, forms: Forms):
+    """Returns forms as an entry of a table: JSON, {processor family: [entry, ...]}."""
+    return {"x": x[1:], "kernel": kernel, **geometry._asdict(), **forms._asdict()}
+
+
+def faults() -> list[str]:
+    """Returns a sentence for each reason why $HAM_JAX_CONV_TABLE cannot be used."""
+    try:
+        _table(os.environ.get(TABLE, ""), processor.family())
+    except InputError as error:
+        return error.faults
+    return []
+
+
+@functools.cache
+def _table(path: str, family: str) -> dict[tuple, Forms]:
+    """Returns {(map, kernel, geometry): forms} of a processor family; {} without a path."""
+    if not path:
+        return {}
+    remedy = f"Write it with `python benchmarks/speed.py conv --table={path}`, or unset {TABLE}."
+    try:
+        entries = reading.read_json(path).get(family)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{TABLE}={path} cannot be read: {error}. {remedy}") from error
+    if entries is None:
+        raise InputError(f"{TABLE}={path} has no entry for {family}, this processor. {remedy}")
+    table = {}
+    try:
+        for entry in entries:
+            map_shape, kernel = tuple(entry["x"]), tuple(entry["kernel"])
+            above, beside = entry["pads"]
+            pads = (tuple(above), tuple(beside))
+            geometry = Geometry(entry["stride"], pads, entry["groups"])
+            forms = Forms(entry["forward"], entry["input"], entry["weight"])
+            allowed = fitting((1, *map_shape), kernel, geometry)
+            if any(form not in names for form, names in zip(forms, allowed, strict=True)):
+                raise ValueError(f"{forms} do not all fit {map_shape}, {kernel}, {geometry}")
+            table[map_shape, kernel, geometry] = forms
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise InputError(f"{TABLE}={path} is no table of forms: {error!r}. {remedy}") from error
+    return table
 
 
 def conv(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, groups: int = 1) -> jax.Array:
@@ -167,6 +243,73 @@ def shifted(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     return functools.reduce(jnp.add, [t * w for t, w in zip(taps, weights, strict=True)])
 
 
+def winograd(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    """A 3x3 convolution without stride by 16 products for each 2x2 outputs, not 36.
+
+    F(2x2, 3x3) of Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016. It
+    adds other terms than the other forms do; in float32 both lie about as far from the exact sums.
+    """
+    before = [low for low, _ in geometry.pads]
+    return _winograd(x, kernel, before, _output_size(x.shape, kernel.shape, geometry), jnp.matmul)
+
+
+def _winograd(x, kernel, before, size, multiply):
+    """Convolves x, `before` which zeros lie, to outputs of this size; multiplies (tile, kernel)."""
+    dtype = x.dtype
+    x, kernel = _summable(x, kernel)
+    tiles = _winograd_tiles(x, before, size)
+    of_kernel = _on_both_axes(_kernel_to_tile, [[kernel[i, j] for j in range(3)] for i in range(3)])
+    products = [
+        [multiply(t.reshape(-1, t.shape[-1]), k) for t, k in zip(*rows, strict=True)]
+        for rows in zip(tiles, of_kernel, strict=True)
+    ]
+    quarters = _on_both_axes(_tile_to_output, products)
+    side = *tiles[0][0].shape[:3], -1
+    y = jnp.stack([jnp.stack([q.reshape(side) for q in row], 3) for row in quarters], 2)
+    y = y.reshape(len(x), *(2 * n for n in side[1:3]), -1)  # from [B, H' / 2, 2, W' / 2, 2, C]
+    return y[:, : size[0], : size[1]].astype(dtype)
+
+
+def _on_both_axes(transform, square):
+    """Applies a map from n to m arrays along the columns and the rows of an n x n list of them."""
+    columns = [transform(*column) for column in zip(*square, strict=True)]
+    return [transform(*row) for row in zip(*columns, strict=True)]
+
+
+def _input_to_tile(d0, d1, d2, d3):
+    return d0 - d2, d1 + d2, d2 - d1, d1 - d3
+
+
+def _kernel_to_tile(k0, k1, k2):
+    return k0, (k0 + k1 + k2) / 2, (k0 - k1 + k2) / 2, k2
+
+
+def _tile_to_output(m0, m1, m2, m3):
+    return m0 + m1 + m2, m1 - m2 - m3
+
+
+def _output_to_tile(y0, y1):  # the transpose of _tile_to_output
+    return y0, y0 + y1, y0 - y1, -y1
+
+
+def _tile_to_kernel(m0, m1, m2, m3):  # the transpose of _kernel_to_tile
+    return m0 + (m1 + m2) / 2, (m1 - m2) / 2, (m1 + m2) / 2 + m3
+
+
+def _winograd_tiles(x, before, size):
+    """Returns the 4x4 transformed pixels behind each 2x2 outputs, each [B, H' / 2, W' / 2, C]."""
+    high, wide = (-(-length // 2) for length in size)
+    edges = [
+        (low, 2 * n + 2 - low - length, 0)
+        for low, n, length in zip(before, (high, wide), x.shape[1:3], strict=True)
+    ]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+    pixels = [
+        [x[:, i : i + 2 * high : 2, j : j + 2 * wide : 2] for j in range(4)] for i in range(4)
+    ]
+    return _on_both_axes(_input_to_tile, pixels)
+
+
 # Forms of the gradients: (x, kernel, geometry, dy) -> dx or dk.
 
 
@@ -223,6 +366,14 @@ def _input_by_inside(x, kernel, geometry, dy):
     return dx
 
 
+def _input_by_winograd(x, kernel, geometry, dy):
+    def across(tile, kernel):  # faster than to transpose the kernel before it is transformed
+        return tile @ kernel.T
+
+    before = [2 - low for low, _ in geometry.pads]
+    return _winograd(dy, kernel[::-1, ::-1], before, x.shape[1:3], across)
+
+
 def _weight_by_inside(x, kernel, geometry, dy):
     dk = {}
     for at, (rows, columns) in _inside(x.shape, kernel.shape, geometry):
@@ -252,6 +403,27 @@ def _weight_by_rows(x, kernel, geometry, dy):
         moved = lax.pad(dy, jnp.zeros((), dy.dtype), ((0, 0, 0), edges, (0, 0, 0), (0, 0, 0)))
         rows.append(beside @ moved.reshape(-1, num_out))
     return jnp.stack(rows).reshape(kernel.shape)
+
+
+def _weight_by_winograd(x, kernel, geometry, dy):
+    """The gradient of `winograd`; the first factor is transposed by hand, as by rows."""
+    dtype, (height, width) = dy.dtype, dy.shape[1:3]
+    x, dy = _summable(x, dy)
+    tiles = _winograd_tiles(x, [low for low, _ in geometry.pads], (height, width))
+    edges = [(0, 0, 0), (0, height % 2, 0), (0, width % 2, 0), (0, 0, 0)]
+    dy = lax.pad(dy, jnp.zeros((), dy.dtype), edges)
+    of_dy = _on_both_axes(_output_to_tile, [[dy[:, i::2, j::2] for j in (0, 1)] for i in (0, 1)])
+
+    def product(tile, of_dy):
+        across = lax.optimization_barrier(tile.reshape(-1, tile.shape[-1]).T)
+        return across @ of_dy.reshape(-1, of_dy.shape[-1])
+
+    products = [
+        [product(*pair) for pair in zip(*rows, strict=True)]
+        for rows in zip(tiles, of_dy, strict=True)
+    ]
+    dk = _on_both_axes(_tile_to_kernel, products)
+    return jnp.stack([jnp.stack(row) for row in dk]).astype(dtype)
 
 
 def _weight_scanned(x, kernel, geometry, dy):
@@ -302,6 +474,7 @@ FORWARD: dict[str, Forward] = {
     "product": product,
     "inside": inside,
     "shifted": shifted,
+    "winograd": winograd,
 }
 INPUT: dict[str, Gradient] = {
     "direct": functools.partial(_input_by, direct),
@@ -309,12 +482,14 @@ INPUT: dict[str, Gradient] = {
     "inside": _input_by_inside,
     "phases": functools.partial(_input_by_phase, direct),
     "shifted": functools.partial(_input_by_phase, shifted),
+    "winograd": _input_by_winograd,
 }
 WEIGHT: dict[str, Gradient] = {
     "direct": functools.partial(_weight_by, direct),
     "product": functools.partial(_weight_by, product),
     "inside": _weight_by_inside,
     "rows": _weight_by_rows,
+    "winograd": _weight_by_winograd,
     "scanned": _weight_scanned,
     "scanned_rows": _weight_scanned_by_rows,
 }
@@ -333,7 +508,8 @@ def fitting(
         return ["direct", "product"], ["direct", "product"], ["direct", "product"]
     by_input = ["direct", "inside"] + (["phases"] if stride > 1 else [])
     weight = ["direct", "inside"] + (["rows"] if stride == 1 else [])
-    return ["direct", "inside"], by_input, weight
+    tiled = ["winograd"] if stride == 1 and kernel[:2] == (3, 3) else []
+    return ["direct", "inside", *tiled], by_input + tiled, weight + tiled
 
 
 class _Span(NamedTuple):

@@ -1,6 +1,7 @@
 """The benchmark counts what it says it counts."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from ham_jax.models import conv
+from ham_jax.models import conv, processor
 
 SPEED = Path(__file__).parents[2] / "benchmarks" / "speed.py"
 spec = importlib.util.spec_from_file_location("speed", SPEED)
@@ -71,6 +72,30 @@ def one_small_work():
     flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(work=["resnet18:32:1"], seconds=0.01):
         yield "resnet18:32:1"
+
+
+def test_the_fastest_forms_become_a_table_beside_those_of_other_processors(tmp_path, monkeypatch):
+    path = tmp_path / "table.json"
+    path.write_text('{"other": []}' if processor.family() != "other" else "{}")
+    given = (8, 32, 32, 64), (3, 3, 64, 64), conv.Geometry(1, ((1, 1), (1, 1)))
+    forms = conv.rule(*given)
+    ms = [dict.fromkeys(names, 9.5) for names in conv.fitting(*given)]
+    ms[0][forms.forward] = 10.0  # too close to the rule's
+    ms[2] |= {forms.weight: 10.0, "rows": 5.0}
+    parts = dict(zip(("forward", "input", "weight"), ms, strict=True))
+    measured = {"x": given[0], "kernel": given[1], **given[2]._asdict(), "ms": parts}
+    speed._write_table(path, [measured])
+    monkeypatch.setenv(conv.TABLE, str(path))
+    conv._table.cache_clear()
+    assert conv.choose(*given) == forms._replace(weight="rows")
+    assert len(json.loads(path.read_text())) == (2 if processor.family() != "other" else 1)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite2"])
+def test_frozen_work_freezes_as_the_recipe_does(name):
+    config, batch_size = speed._config_of(f"{name}:224:64:frozen")
+    assert (batch_size, config.optim.freeze) == (64, ("/stem/", "/stage1/", "/stage2/"))
+    assert speed._peer_command("torch_step", f"{name}:224:64:frozen")[-1] == "--frozen"
 
 
 def test_every_convolution_of_the_network_is_counted(one_small_work, monkeypatch, capsys):

@@ -1,3 +1,5 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from ham_jax.models import conv
+from ham_jax.config import InputError
+from ham_jax.models import conv, processor
 
 PAD = st.integers(0, 3)
 
@@ -147,3 +150,49 @@ def test_kernel_starts_with_he_variance_of_fan_out():
     each = conv.Conv(640, 640, conv.Kernel(5, depthwise=True), **make).kernel[...]
     assert each.shape == (5, 5, 1, 640)
     np.testing.assert_allclose(each.std(), np.sqrt(2 / 25), rtol=0.02)
+
+
+GIVEN = (8, 6, 6, 4), (3, 3, 4, 6), conv.Geometry(1, ((1, 1), (1, 1)))
+
+
+def table(path, monkeypatch, entries, family=None):
+    path.write_text(json.dumps({family or processor.family(): entries}))
+    monkeypatch.setenv(conv.TABLE, str(path))
+    conv._table.cache_clear()
+
+
+def test_a_table_of_this_processor_chooses_and_the_rule_what_it_leaves_open(tmp_path, monkeypatch):
+    forms = conv.Forms("direct", "inside", "rows")
+    assert forms != conv.rule(*GIVEN)
+    table(tmp_path / "table.json", monkeypatch, [conv.table_entry(*GIVEN, forms)])
+    assert conv.faults() == []
+    x, *of_kernel = GIVEN
+    for batch in (8, 1):
+        assert conv.choose((batch, *x[1:]), *of_kernel) == forms
+    other = (8, 7, 6, 4)
+    assert conv.choose(other, *of_kernel) == conv.rule(other, *of_kernel)
+
+
+@pytest.mark.parametrize(
+    ("change", "family", "reason"),
+    [
+        ({"forward": "shifted"}, None, "do not all fit"),  # a form of depthwise convolutions
+        ({"pads": 1}, None, "no table of forms"),
+        ({}, "sparc", "no entry for"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_refused(change, family, reason, tmp_path, monkeypatch):
+    entry = conv.table_entry(*GIVEN, conv.rule(*GIVEN)) | change
+    table(tmp_path / "table.json", monkeypatch, [entry], family)
+    with pytest.raises(InputError, match=reason):
+        conv.choose(*GIVEN)
+    (fault,) = conv.faults()
+    assert "speed.py conv --table=" in fault
+    monkeypatch.setenv(conv.TABLE, str(tmp_path / "none.json"))
+    assert "No such file" in conv.faults()[0]
+
+
+def test_only_large_convolutions_get_the_form_that_takes_seconds_to_compile():
+    of_kernel = (3, 3, 256, 256), conv.Geometry(1, ((1, 1), (1, 1)))
+    assert set(conv.rule((32, 8, 8, 256), *of_kernel)) == {"winograd"}
+    assert "winograd" not in conv.rule((2, 8, 8, 256), *of_kernel)
