@@ -159,12 +159,17 @@ class _Functions:
         }
 
     def init(self, seed: int) -> tuple[Tree, Tree]:
-        @jax.jit
         def initial(key):
             _, params, stats = nnx.split(self._make(nnx.Rngs(key)), nnx.Param, nnx.BatchStat)
             return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
-        return initial(jax.random.key(seed))
+        key = jax.random.key(seed)
+        if isinstance(key, jax.core.Tracer):  # somebody asks for shapes
+            return initial(key)
+        # On its highest level LLVM compiles the draws three times as long, to the same bits.
+        on_cpu = jax.default_backend() == "cpu"
+        options = {"xla_backend_optimization_level": "2"} if on_cpu else {}
+        return jax.jit(initial, compiler_options=options)(key)
 
     def apply(
         self,
