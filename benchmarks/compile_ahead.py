@@ -450,7 +450,7 @@ def _works(target: str) -> Iterator[tuple[str, str, Any]]:
         config = configuration.base()
         config.model.name, config.augment.crop_px = name, int(px)
         config.train.batch_size, config.data.canvas = int(batch_size), (300, 400)
-        changes = [entry.partition("=")[::2] for entry in _SET.value]
+        changes = [(key, value) for key, _, value in (entry.partition("=") for entry in _SET.value)]
         if faults := configuration.override(config, changes):
             raise app.UsageError(" ".join(faults))
         for program in _PROGRAM.value:

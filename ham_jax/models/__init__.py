@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from flax import nnx
+from jax import core
 
 from ham_jax import config as configuration
 from ham_jax.config import InputError
@@ -164,7 +165,7 @@ class _Functions:
             return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
         key = jax.random.key(seed)
-        if isinstance(key, jax.core.Tracer):  # somebody asks for shapes
+        if isinstance(key, core.Tracer):  # somebody asks for shapes
             return initial(key)
         # On its highest level LLVM compiles the draws three times as long, to the same bits.
         on_cpu = jax.default_backend() == "cpu"

@@ -121,12 +121,12 @@ def _sides(size_px: int, reach: float, ratio: float) -> tuple[int, int]:
       reach: largest angle, 45 degrees at the most.
       ratio: of the longer to the shorter side of its box.
     """
-    before = math.cos(reach) + ratio * math.sin(reach)
-    after = 1 + ratio * math.tan(reach / 2)
     margin = 8  # pixels: the ends of rows and columns, which are seen mirrored, stay out of sight
-    return tuple(
-        size_px + 2 * (math.ceil(size_px * (share - 1) / 2) + margin) for share in (before, after)
-    )
+
+    def side(share: float) -> int:
+        return size_px + 2 * (math.ceil(size_px * (share - 1) / 2) + margin)
+
+    return side(math.cos(reach) + ratio * math.sin(reach)), side(1 + ratio * math.tan(reach / 2))
 
 
 def _sheared(image: jax.Array, axis: int, factor: jax.Array, side: int) -> jax.Array:
