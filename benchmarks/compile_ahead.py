@@ -1,7 +1,7 @@
 """What XLA makes of the train and the predict step for TPUs and GPUs, none of which is needed.
 
 python benchmarks/compile_ahead.py                        # all targets that are installed
-python benchmarks/compile_ahead.py --target=v5e:2x2 --work=resnet50:224:120 --program=augment
+python benchmarks/compile_ahead.py --target=v5e:2x2 --network=resnet50:224:120 --program=augment
 
 TPU targets need the package libtpu of the version that `jax[tpu]` names; the H100 needs
 jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12. Without a GPU XLA cannot try
@@ -48,9 +48,11 @@ flags.register_validator(
     lambda targets: all(re.fullmatch(rf"v\w+:\d+x\d+|{H100}[1-9]\d*", t) for t in targets or ()),
     f"must be a TPU topology such as v5e:2x2, or {H100}8.",
 )
-_WORK = flags.DEFINE_multi_string("work", _WORKS, "model:pixels:images a device; may be repeated.")
+_WORK = flags.DEFINE_multi_string(
+    "network", _WORKS, "model:pixels:images a device; may be repeated."
+)
 flags.register_validator(
-    "work",
+    "network",
     lambda works: all(re.fullmatch(r"\w+:\d+:\d+", work) for work in works),
     "must be model:pixels:images, such as resnet50:224:72.",
 )
@@ -59,7 +61,7 @@ _SET = flags.DEFINE_multi_string("set", [], "key=value of the configuration.")
 _FORM = flags.DEFINE_enum(
     "form", None, ["gathers", "products"], "Of the crop; default: what suits the target."
 )
-_JSON = flags.DEFINE_string("json", "runs/benchmark/compile_ahead.json", "The file to write.")
+_JSON = flags.DEFINE_string("write", "runs/benchmark/compile_ahead.json", "The file to write.")
 _DUMP = flags.DEFINE_string("dump", None, "A folder for the compiled programs' text.")
 
 _DEVICE = """

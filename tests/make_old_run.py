@@ -31,9 +31,12 @@ def linear(model_config, num_classes, num_metadata):
     def apply(params, batch_stats, image, *_, **__):
         return features(params, batch_stats, image) @ params["head"]["kernel"], batch_stats
 
+    def classify(params, batch_stats, features, metadata=None):
+        return features @ params["head"]["kernel"]
+
     kernel = np.random.default_rng(0).normal(0, 10, (2, num_classes))
     params = {"head": {"kernel": jnp.asarray(kernel, jnp.float32)}}
-    return models.Network("linear", lambda seed: (params, {}), apply, features, None, None)
+    return models.Network("linear", lambda seed: (params, {}), apply, features, None, classify)
 
 
 def main():

@@ -156,7 +156,7 @@ def test_a_target_that_is_not_installed_is_left_out(monkeypatch, tmp_path, capsy
     monkeypatch.setattr(ahead.util, "find_spec", lambda name: None)
     monkeypatch.setattr(ahead, "ENVIRONMENT", {})
     flags.FLAGS.mark_as_parsed()
-    with flagsaver.flagsaver(target=["v5e:2x2", "h100x1"], json=str(tmp_path / "out.json")):
+    with flagsaver.flagsaver(target=["v5e:2x2", "h100x1"], write=str(tmp_path / "out.json")):
         ahead.main(["compile_ahead.py"])
     said = capsys.readouterr().err
     assert "v5e:2x2: the package libtpu is not installed: left out." in said

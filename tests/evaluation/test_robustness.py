@@ -28,9 +28,12 @@ def by_color(model_config, num_classes, num_metadata):
         kernel = params["head"]["kernel"]
         return 20 * features(params, batch_stats, image) @ kernel, batch_stats
 
+    def classify(params, batch_stats, features, metadata=None):
+        return 20 * features @ params["head"]["kernel"]
+
     kernel = np.random.default_rng(0).normal(0, 1, (6, num_classes)).astype(np.float32)
     params = {"head": {"kernel": kernel}}
-    return models.Network("by_color", lambda seed: (params, {}), apply, features, None, None)
+    return models.Network("by_color", lambda seed: (params, {}), apply, features, None, classify)
 
 
 @pytest.fixture(scope="module")

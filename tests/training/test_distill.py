@@ -25,18 +25,20 @@ def linear(section, num_classes, num_metadata=0):
     def features(params, batch_stats, image):
         return jnp.concatenate([(image**power).mean((1, 2)), image.std((1, 2))], axis=-1)
 
-    def apply(params, batch_stats, image, train=False, key=None, metadata=None):
-        x = features(params, batch_stats, image)
+    def classify(params, batch_stats, x, metadata=None):
         if num_metadata:
             x = jnp.concatenate([x, metadata], axis=-1)
-        return x @ params["head"]["kernel"], batch_stats
+        return x @ params["head"]["kernel"]
+
+    def apply(params, batch_stats, image, train=False, key=None, metadata=None):
+        return classify(params, {}, features(params, {}, image), metadata), batch_stats
 
     def init(seed):
         shape = (6 + num_metadata, num_classes)
         kernel = np.random.default_rng(seed + power).normal(0, 3, shape)
         return {"head": {"kernel": jnp.asarray(kernel, jnp.float32)}}, {}
 
-    return models.Network(section.name, init, apply, features, None, None)
+    return models.Network(section.name, init, apply, features, None, classify)
 
 
 @pytest.fixture(autouse=True)

@@ -162,11 +162,13 @@ def test_crops_grow_at_the_shares_of_the_run(tiny):
 def linear(config, num_classes, num_metadata=0):
     """A network so small that a rolled loop of it is no burden on CPU."""
 
-    def apply(params, batch_stats, image, train, key=None, metadata=None):
-        features = image.mean((1, 2))
+    def classify(params, batch_stats, features, metadata=None):
         if num_metadata:
             features = jnp.concatenate([features, metadata], axis=-1)
-        return features @ params["head"]["kernel"], batch_stats
+        return features @ params["head"]["kernel"]
+
+    def apply(params, batch_stats, image, train, key=None, metadata=None):
+        return classify(params, batch_stats, image.mean((1, 2)), metadata), batch_stats
 
     num_features = 3 + num_metadata
     kernel = np.linspace(-1, 1, num_features * num_classes, dtype=np.float32)
@@ -175,7 +177,7 @@ def linear(config, num_classes, num_metadata=0):
     def features(params, batch_stats, image):
         return image.mean((1, 2))
 
-    return models.Network("linear", lambda seed: (params, {}), apply, features, None, None)
+    return models.Network("linear", lambda seed: (params, {}), apply, features, None, classify)
 
 
 def test_steps_of_one_call_are_the_same_steps(tiny, one_device, tmp_path):
