@@ -155,6 +155,12 @@ def _seen(key: jax.Array, batch: Batch, config: ml_collections.ConfigDict) -> Se
     return Seen(*augment.augment(key, image, label, config.augment, num_classes, code))
 
 
+def _num_groups(batch_norm: str, mesh: jax.sharding.Mesh) -> int:
+    """Returns how many parts of a batch BatchNorm normalises each by itself."""
+    hosts = {device.process_index for device in mesh.devices.flat}
+    return {"global": 1, "host": len(hosts), "device": mesh.devices.size}[batch_norm]
+
+
 def _gradient(
     network: Network,
     loss: losses.Loss,
@@ -168,10 +174,7 @@ def _gradient(
     """
     num_parts = config.train.accumulate
     share, temperature = config.loss.teacher_share, config.loss.teacher_temperature
-    hosts = {device.process_index for device in mesh.devices.flat}
-    num_groups = {"global": 1, "host": len(hosts), "device": mesh.devices.size}[
-        config.model.batch_norm
-    ]
+    num_groups = _num_groups(config.model.batch_norm, mesh)
 
     def of_part(params, batch_stats, seen: Seen, key, batch_size: int, taught):
         if teachers:
