@@ -30,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import speed  # noqa: E402  (its contestants, and its flags --rounds, --originals, --torch_python)
 
 from ham_jax import console, files  # noqa: E402
+from ham_jax.models import processor  # noqa: E402
 
 _MODEL = flags.DEFINE_string("model", None, "The folder of a run or an exported network.")
 _VIEWS = flags.DEFINE_multi_integer("views", [1, 8], "eval.tta; may be repeated.")
@@ -144,6 +145,7 @@ def main(argv: list[str]) -> None:
         "command": shlex.join(["python", "benchmarks/answers.py", *sys.argv[1:]]),
         "rounds": speed._ROUNDS.value,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "processor": processor.describe(),
     }
     files.write_json(output, {**about, "results": results})
     print(f"Written: {output}")

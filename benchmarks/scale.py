@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 from ham_jax import config as configuration  # noqa: E402
 from ham_jax import console, files  # noqa: E402
 from ham_jax.classes import HAM10000  # noqa: E402
+from ham_jax.models import processor  # noqa: E402
 
 _ROWS = flags.DEFINE_multi_integer("rows", [10_000, 100_000, 1_000_000], "Photographs; repeatable.")
 _FOLDER = flags.DEFINE_string(
@@ -211,6 +212,9 @@ def _config(folder: Path):
 
 
 _STAGES = {f.__name__: f for f in (metadata, split, audit, start, epoch, bootstrap, report)}
+flags.register_validator(
+    "only", lambda asked: set(asked or ()) <= set(_STAGES), f"must be of {', '.join(_STAGES)}."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -241,7 +245,9 @@ def main(argv: list[str]) -> None:
     console.print_table("rows", ["stage", *(f"{n:,}" for n in _ROWS.value)], rows)
     output = Path(_JSON.value)
     output.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(output, {"rows": _ROWS.value, "stages": results})
+    files.write_json(
+        output, {"rows": _ROWS.value, "processor": processor.describe(), "stages": results}
+    )
     print(f"Written: {output}")
 
 

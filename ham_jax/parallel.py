@@ -45,12 +45,11 @@ _MPI_VARIABLES = (
 _PORTS = range(61440, 65536)
 _PATIENCE_S = 10  # for a network file system to show a new file
 _WAITING_S = 20  # before it is said that a job is not complete
-_HOURS_MS = 48 * 3600 * 1000
-_FAULT_ELSEWHERE = "The main process has found the input wrong; it says why."
-_told_texts = itertools.count()  # numbers of `from_main`'s calls, the same on all processes
-_claims: list[socket.socket] = []  # of ports, open as long as this process lives
 _ANSWER_S = 300  # for each process to say what all are asked
-_gathered = itertools.count()  # the processes ask alike, each thing once
+_WORK_S = 48 * 3600  # for the main process to do what the others wait for
+_FAULT_ELSEWHERE = "The main process has found the input wrong; it says why."
+_claims: list[socket.socket] = []  # of ports, open as long as this process lives
+_texts = itertools.count()  # numbers of what goes around a job, the same on all processes
 _GRACE_S = 2  # for processes that fail alike to say so, before the coordinator takes them along
 
 
@@ -508,10 +507,10 @@ def from_main(make: Callable[[], str]) -> str:
     """
     if jax.process_count() == 1:
         return make()
-    client, key = distributed.global_state.client, f"ham_jax/from_main/{next(_told_texts)}"
+    client, key = distributed.global_state.client, f"ham_jax/from_main/{next(_texts)}"
     assert client is not None  # there are several processes
     if not is_main():
-        kind, _, text = client.blocking_key_value_get(key, _HOURS_MS).partition(" ")
+        kind, _, text = client.blocking_key_value_get(key, _WORK_S * 1000).partition(" ")
         if kind == "fault":
             raise InputError(_FAULT_ELSEWHERE)
         return text
@@ -586,7 +585,7 @@ def _gather(text: str) -> list[str]:
     """
     client, number = distributed.global_state.client, distributed.global_state.process_id
     assert client is not None  # JAX is initialized
-    name = f"ham_jax/gather/{next(_gathered)}"
+    name = f"ham_jax/gather/{next(_texts)}"
     client.key_value_set(f"{name}/{number:06d}", text.encode(errors="replace").decode())
     client.wait_at_barrier(name, _ANSWER_S * 1000)
     return [text for _, text in sorted(client.key_value_dir_get(name))]

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -74,7 +75,9 @@ def _path(about: Any, suffix: str) -> Path | None:
     folder = jax.config.jax_compilation_cache_dir
     if not (folder and jax.config.jax_enable_compilation_cache) or "://" in folder:
         return None
-    settings = [jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision]
+    table = Path(os.environ.get("HAM_JAX_CONV_TABLE", ""))  # which models/conv.py follows
+    forms = hashlib.sha256(table.read_bytes()).hexdigest() if table.is_file() else str(table)
+    settings = [jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision, forms]
     versions = [_FORMAT, jax.__version__, metadata.version("flax"), _source()]
     text = json.dumps([*versions, settings, about])
     return Path(folder) / "programs" / (hashlib.sha256(text.encode()).hexdigest() + suffix)

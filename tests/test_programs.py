@@ -63,10 +63,16 @@ def test_without_a_cache_it_is_traced_anew_and_says_the_same(folder, monkeypatch
     monkeypatch.setattr(programs, "_source", lambda: "other code")
     assert programs.remembered("shapes", make) == {"a": [1, 2]}
     assert traced == [1, 1]
+    table = folder.parent / "forms.json"
+    for content in ("{}", "{} "):  # other forms of convolutions, also under the same name
+        table.write_text(content)
+        monkeypatch.setenv("HAM_JAX_CONV_TABLE", str(table))
+        assert programs.remembered("shapes", make) == {"a": [1, 2]}
+    assert traced == [1] * 4
     for nowhere in (None, "gs://bucket/cache", "/dev/null/folder"):
         jax.config.update("jax_compilation_cache_dir", nowhere)
         for _ in range(2):
             assert programs.remembered("shapes", make) == {"a": [1, 2]}
         double = programs.Kept(jax.jit(lambda x, y: jnp.float32(2) * x + y), "double")
         np.testing.assert_array_equal(double(X, X), 3 * X)
-    assert len(traced) == 8
+    assert len(traced) == 10
