@@ -7,7 +7,10 @@ of several processes all of them must ask together.
 import collections
 import dataclasses
 import functools
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,7 +39,11 @@ if TYPE_CHECKING:  # an exported network that was traced before needs neither Fl
 # Photographs in a batch: on CPU larger ones take longer an image, for their maps leave the caches.
 _MOST_ON_CPU = 2
 _SCORED = 256  # photographs: one at a time, the detector's product takes longer than the network
-_IN_FLIGHT = 4  # batches: several small ones keep all cores busy, and decoding goes on meanwhile
+_MOST_LANES = 8
+# YNNPACK is kept for convolutions: each of its products waits twice for other threads, and in a
+# small batch that takes as long as the product.
+_ON_CPU = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"}
+_IN_FLIGHT = 4  # batches a lane: so decoding goes on while the devices work
 
 Variables = Mapping[str, Any]
 """{'params', 'batch_stats'} as nested dicts."""
@@ -53,6 +60,35 @@ class Explanation(NamedTuple):
 
     view: np.ndarray
     heat: np.ndarray
+
+
+class Lanes:
+    """Lets several threads compute on CPU side by side, one program each.
+
+    There JAX does what one thread asks for one after the other, and of a small batch much is done
+    by one core while the others wait: side by side, views take two thirds of the time.
+
+    Args:
+      mesh: the devices. But for a single CPU there is one lane, whose caller waits for nothing.
+    """
+
+    def __init__(self, mesh: jax.sharding.Mesh):
+        alone = mesh.devices.size == 1 and mesh.devices.flat[0].platform == "cpu"
+        self.num = min(os.cpu_count() or 1, _MOST_LANES) if alone else 1
+        self._free = threading.Semaphore(self.num)
+        self._pool = ThreadPoolExecutor(self.num, "lane")
+
+    def run(self, program: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a program when a lane is free, and waits for it."""
+        if self.num == 1:
+            return program(*arguments)
+        with self._free:
+            return jax.block_until_ready(program(*arguments))
+
+    def map(self, function: Callable[..., Any], items: Sequence[Any]) -> Iterable[Any]:
+        """Returns function(item) of each, in order; as many threads as there are lanes call it."""
+        alone = self.num == 1 or len(items) == 1
+        return map(function, items) if alone else self._pool.map(function, items)
 
 
 class Forward:
@@ -76,6 +112,7 @@ class Forward:
         about: Any = None,
     ):
         self._build, self.mesh = build, mesh
+        self.lanes = Lanes(mesh)
         self._num_tiles, self._num_views = config.eval.tiles, config.eval.tta
         self._takes_metadata = config.model.metadata
         self._view = functools.partial(
@@ -90,10 +127,12 @@ class Forward:
         self._center = jit(self._view)
         jit = functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
         self._mean = jit(lambda views: sum(views[1:], views[0]) / len(views))
-        self._said = jit(self._of_view)
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        options = _ON_CPU if on_cpu else None
+        self._said = jit(self._of_view, compiler_options=options)
         self.explain = jit(self._explain)
         if about is not None and mesh.devices.size == 1:
-            self._said = programs.Kept(self._said, ["network", *about])
+            self._said = programs.Kept(self._said, ["network", *about], options)
             self._tile = programs.Kept(self._tile, ["tile", grid, *self._view.keywords.values()])
 
     @functools.cached_property
@@ -131,11 +170,13 @@ class Forward:
     def _views(self, variables, image, metadata):
         """Returns the mean probabilities of all views, and the features of the first."""
         # One program for all views: eight unrolled copies would compile eight times as long.
-        views = [
-            self._said(variables, view, np.int32(k), metadata)
-            for view in (self._tile(np.int32(t), image) for t in range(self._num_tiles))
-            for k in range(self._num_views)
-        ]
+        tiles = [self._tile(np.int32(t), image) for t in range(self._num_tiles)]
+        asked = [(tile, np.int32(k)) for tile in tiles for k in range(self._num_views)]
+
+        def say(view):
+            return self.lanes.run(self._said, variables, *view, metadata)
+
+        views = list(self.lanes.map(say, asked))
         probabilities, features = zip(*views, strict=True)
         return self._mean(probabilities) if views[1:] else probabilities[0], features[0]
 
@@ -448,7 +489,7 @@ class Model:
     def ask(
         self, images: np.ndarray, metadata: np.ndarray | None, batch_size: int
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns `Forward.both` of one batch, without waiting for it: [batch_size, ...].
+        """Returns `Forward.both` of one batch: [batch_size, ...].
 
         Args:
           images: on the canvas, uint8 [n, H, W, 3], at most `batch_size`; the last fills it up.
@@ -458,7 +499,7 @@ class Model:
         beside = {}
         if self.takes_metadata and metadata is not None:
             beside["metadata"] = metadata
-        ((batch, _),) = feed.sequential(images, batch_size, self.forward.mesh, beside)
+        batch = feed.one_batch(images, batch_size, self.forward.mesh, beside)
         return self.forward.both(self.variables, **batch)
 
     def predict(self, photographs: Any, metadata: Any = None, exact: bool = False) -> Answers:
@@ -644,16 +685,18 @@ class Ensemble:
                 size = min(size, -(-batch_size // num_devices) * num_devices)
             decoded = decode(canvas, config.data.num_workers)
             batches = _in_batches(decoded, num, size, errors, title)
-            asked = (
-                (place, rows, self.members[place].ask(images, beside, size))
-                for rows, images in batches
-                for beside in [None if codes is None else codes[rows]]
-                for place in chosen
-            )
-            for place, rows, said, features in _gathered(asked):
-                raw[place, rows] = normalised(said)
-                if found := self.members[place].detector:
-                    scores[place, rows] = found.score(features)
+            num_lanes = self.members[0].forward.lanes.num
+            with ThreadPoolExecutor(num_lanes, "ask") as pool:
+                asked = (
+                    (place, rows, pool.submit(self.members[place].ask, images, beside, size))
+                    for rows, images in batches
+                    for beside in [None if codes is None else codes[rows]]
+                    for place in chosen
+                )
+                for place, rows, said, features in _gathered(asked, _IN_FLIGHT * num_lanes):
+                    raw[place, rows] = normalised(said)
+                    if found := self.members[place].detector:
+                        scores[place, rows] = found.score(features)
         of_members = [s if m.detector else None for s, m in zip(scores, self.members, strict=True)]
         return self._answers(raw, detector.joined(of_members), errors)
 
@@ -848,28 +891,31 @@ def _table(metadata: Any, num_photographs: int) -> "pd.DataFrame":
     return table
 
 
-def _gathered(asked: Iterable[tuple[int, list[int], tuple[jax.Array, ...]]]) -> Iterator[Any]:
+def _gathered(
+    asked: Iterable[tuple[int, list[int], Future[tuple[jax.Array, ...]]]], num_in_flight: int
+) -> Iterator[Any]:
     """Yields (member, numbers of photographs [k], arrays [k, ...]) of several batches together.
 
     Args:
-      asked: (member, numbers, what `Model.ask` returned), of one batch. The devices have the next
-        ones to do already when one is waited for.
+      asked: (member, numbers, what `Model.ask` will have returned), of one batch.
+      num_in_flight: of so many are asked before the first is waited for.
     """
     parts: dict[int, list[tuple[Any, ...]]] = collections.defaultdict(list)
-    for place, rows, said in _ahead(asked):
-        parts[place].append((rows, *(np.asarray(array)[: len(rows)] for array in said)))
+    for place, rows, said in _ahead(asked, num_in_flight):
+        arrays = (np.asarray(array)[: len(rows)] for array in said.result())
+        parts[place].append((rows, *arrays))
         if sum(len(rows) for rows, *_ in parts[place]) >= _SCORED:
             yield place, *map(np.concatenate, zip(*parts.pop(place), strict=True))
     for place, rest in parts.items():
         yield place, *map(np.concatenate, zip(*rest, strict=True))
 
 
-def _ahead(asked: Iterable[Any]) -> Iterator[Any]:
+def _ahead(asked: Iterable[Any], num_in_flight: int) -> Iterator[Any]:
     """Yields the same, some behind."""
     waiting: collections.deque[Any] = collections.deque()
     for one in asked:
         waiting.append(one)
-        if len(waiting) > _IN_FLIGHT:
+        if len(waiting) > num_in_flight:
             yield waiting.popleft()
     yield from waiting
 

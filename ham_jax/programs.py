@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -33,17 +34,21 @@ class Kept:
       function: what `jax.jit` returned. It must depend on nothing but its arguments, `about` and
         the source of this package.
       about: what JSON can hold; another function has another.
+      options: of the compiler, as `jax.jit` takes them.
     """
 
-    def __init__(self, function: Any, about: Any):
-        self._function, self._about = function, about
+    def __init__(self, function: Any, about: Any, options: dict[str, Any] | None = None):
+        self._function, self._about, self._options = function, about, options
         self._programs: dict[Any, Callable[..., Any]] = {}
+        self._lock = threading.Lock()
 
     def __call__(self, first: Any, *others: Any) -> Any:
         """Calls it; the first argument, such as weights, is of the same shapes each time."""
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(others))
-        if shapes not in self._programs:
-            self._programs[shapes] = jax.jit(self._exported(first, *others).call)
+        with self._lock:
+            if shapes not in self._programs:
+                program = self._exported(first, *others).call
+                self._programs[shapes] = jax.jit(program, compiler_options=self._options)
         return self._programs[shapes](first, *others)
 
     def _exported(self, *arguments: Any) -> export.Exported:

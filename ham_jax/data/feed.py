@@ -164,16 +164,28 @@ def sequential(
       mesh: the devices, axis `data`.
       beside: what else a batch holds, by name, such as `metadata`: [n, ...].
     """
-    local = parallel.local_rows(mesh, batch_size)
-
-    def read(start: int) -> tuple[dict[str, np.ndarray], int]:
-        chosen = np.arange(start, min(start + batch_size, len(images)))
-        mine = np.pad(chosen, (0, batch_size - len(chosen)), mode="edge")[local]
-        rest = {name: values[mine] for name, values in (beside or {}).items()}
-        return {"image": images[mine], **rest}, len(chosen)
-
+    read = functools.partial(_read, images, batch_size, mesh, beside)
     for batch, count in _ahead(read, range(0, len(images), batch_size), 1):
         yield parallel.shard(mesh, batch), count
+
+
+def one_batch(
+    images: Images,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+    beside: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, jax.Array]:
+    """Returns the first batch of `sequential`, read by this thread."""
+    return parallel.shard(mesh, _read(images, batch_size, mesh, beside, 0)[0])
+
+
+def _read(images, batch_size, mesh, beside, start) -> tuple[dict[str, np.ndarray], int]:
+    """Returns this process's rows of the batch that starts there, and the number of true rows."""
+    chosen = np.arange(start, min(start + batch_size, len(images)))
+    padded = np.pad(chosen, (0, batch_size - len(chosen)), mode="edge")
+    mine = padded[parallel.local_rows(mesh, batch_size)]
+    rest = {name: values[mine] for name, values in (beside or {}).items()}
+    return {"image": images[mine], **rest}, len(chosen)
 
 
 def _streamed(records, order, steps, mesh) -> Callable[[np.ndarray], jax.Array]:
