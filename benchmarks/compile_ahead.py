@@ -411,6 +411,7 @@ def compiled(target: str, program: str, config) -> dict[str, Any]:
     parts = ("argument", "output", "temp", "alias")
     planned = {part: getattr(plan, f"{part}_size_in_bytes") for part in parts}
     costs = done.cost_analysis() or {}
+    seconds_on_tpu = costs.get("optimal_seconds", -1)  # below 0: of some instruction it has none
     px = config.augment.crop_px
     return {
         "devices": len(devices),
@@ -420,14 +421,14 @@ def compiled(target: str, program: str, config) -> dict[str, Any]:
         # XLA counts for TPUs alone.
         "flop": costs.get("flops"),
         "xla_bytes": costs.get("bytes accessed"),
-        "estimate_ms": 1e3 * costs["optimal_seconds"] if "optimal_seconds" in costs else None,
+        "estimate_ms": 1e3 * seconds_on_tpu if seconds_on_tpu > 0 else None,
         "state_leaves": num_leaves,
         "compile_s": round(seconds, 1),
         **facts(text, per_device, 3 * px * px),
     }
 
 
-_COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+_FACTS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "peak GB": lambda r: f"{r['peak_hbm_bytes'] / 1e9:.2f}",
     "TFLOP": lambda r: f"{r['flop'] / 1e12:.2f}" if r["flop"] else "",
     "HBM GB": lambda r: f"{r['hbm_bytes'] / 1e9:.2f}",
@@ -479,11 +480,10 @@ def main(argv: list[str]) -> None:
         for name, program, config in _works(target):
             with console.progress(name):
                 results[name] = compiled(target, program, config)
-    rows = [[name, *(show(r) for show in _COLUMNS.values())] for name, r in results.items()]
-    console.print_table("Compiled ahead", ["", *_COLUMNS], rows)
     for name, result in results.items():
-        if result["targets"]:
-            print(name, *(f"{n} x {t}" for t, n in result["targets"].items()), sep="\n  ")
+        rows = [[what, show(result)] for what, show in _FACTS.items()]
+        rows += [[f"{count} x", target] for target, count in result["targets"].items()]
+        console.print_table(name, ["", ""], rows)
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib")}
     Path(_JSON.value).parent.mkdir(parents=True, exist_ok=True)
     files.write_json(_JSON.value, {"versions": versions, "programs": results})

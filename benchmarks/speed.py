@@ -694,7 +694,11 @@ def _seconds_until(
 
 
 def _has_torch() -> bool:
-    found = subprocess.run([_TORCH.value, "-c", "import torch, torchvision"], capture_output=True)
+    try:
+        command = [_TORCH.value, "-c", "import torch, torchvision"]
+        found = subprocess.run(command, capture_output=True)
+    except OSError as error:
+        raise app.UsageError(f"--torch_python={_TORCH.value}: {error.strerror}.") from error
     if found.returncode:
         console.log_line(f"{shlex.quote(_TORCH.value)} has no torch and torchvision: left out.")
     return not found.returncode
