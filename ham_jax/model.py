@@ -8,7 +8,6 @@ import collections
 import dataclasses
 import functools
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -63,7 +62,7 @@ class Explanation(NamedTuple):
 
 
 class Lanes:
-    """Lets several threads compute on CPU side by side, one program each.
+    """Computes small batches side by side on CPU, one program a thread.
 
     There JAX does what one thread asks for one after the other, and of a small batch much is done
     by one core while the others wait: side by side, views take two thirds of the time.
@@ -74,21 +73,22 @@ class Lanes:
 
     def __init__(self, mesh: jax.sharding.Mesh):
         alone = mesh.devices.size == 1 and mesh.devices.flat[0].platform == "cpu"
-        self.num = min(os.cpu_count() or 1, _MOST_LANES) if alone else 1
-        self._free = threading.Semaphore(self.num)
-        self._pool = ThreadPoolExecutor(self.num, "lane")
+        self._num = min(os.cpu_count() or 1, _MOST_LANES) if alone else 1
+        self._pool = ThreadPoolExecutor(self._num, "lane")
 
-    def run(self, program: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls a program when a lane is free, and waits for it."""
-        if self.num == 1:
-            return program(*arguments)
-        with self._free:
+    def num(self, batch_size: int) -> int:
+        """Returns how many batches of that size are computed at once."""
+        return self._num if batch_size <= _MOST_ON_CPU else 1
+
+    def run(self, program: Callable[..., Any], calls: list[tuple[Any, ...]], batch_size: int):
+        """Returns program(*arguments) of each call, in order."""
+        if self.num(batch_size) == 1:
+            return [program(*arguments) for arguments in calls]
+
+        def in_lane(arguments: tuple[Any, ...]) -> Any:
             return jax.block_until_ready(program(*arguments))
 
-    def map(self, function: Callable[..., Any], items: Sequence[Any]) -> Iterable[Any]:
-        """Returns function(item) of each, in order; as many threads as there are lanes call it."""
-        alone = self.num == 1 or len(items) == 1
-        return map(function, items) if alone else self._pool.map(function, items)
+        return list((self._pool.map if calls[1:] else map)(in_lane, calls))
 
 
 class Forward:
@@ -171,12 +171,12 @@ class Forward:
         """Returns the mean probabilities of all views, and the features of the first."""
         # One program for all views: eight unrolled copies would compile eight times as long.
         tiles = [self._tile(np.int32(t), image) for t in range(self._num_tiles)]
-        asked = [(tile, np.int32(k)) for tile in tiles for k in range(self._num_views)]
-
-        def say(view):
-            return self.lanes.run(self._said, variables, *view, metadata)
-
-        views = list(self.lanes.map(say, asked))
+        calls = [
+            (variables, tile, np.int32(k), metadata)
+            for tile in tiles
+            for k in range(self._num_views)
+        ]
+        views = self.lanes.run(self._said, calls, len(image))
         probabilities, features = zip(*views, strict=True)
         return self._mean(probabilities) if views[1:] else probabilities[0], features[0]
 
@@ -685,7 +685,7 @@ class Ensemble:
                 size = min(size, -(-batch_size // num_devices) * num_devices)
             decoded = decode(canvas, config.data.num_workers)
             batches = _in_batches(decoded, num, size, errors, title)
-            num_lanes = self.members[0].forward.lanes.num
+            num_lanes = self.members[0].forward.lanes.num(size)
             with ThreadPoolExecutor(num_lanes, "ask") as pool:
                 asked = (
                     (place, rows, pool.submit(self.members[place].ask, images, beside, size))

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -52,6 +53,18 @@ def test_a_loaded_run_answers_as_its_files_say(trained, photographs, tiny_record
     assert heat.shape == (3, 16, 16)
     assert loaded.provenance["weights"] == "ema"
     assert loaded.classes == ham_jax.Classes.from_json(loaded.classes.to_json())
+
+
+def test_batches_and_views_side_by_side_on_one_cpu_answer_each_photograph(trained, photographs):
+    """Of several threads each has its own batch; what they say is put where it belongs."""
+    alone = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    views = [("eval.tta", "4"), ("eval.calibration", "none")]
+    on_eight = ham_jax.load(trained, overrides=views).predict(photographs, exact=True)
+    on_one = ham_jax.load(trained, mesh=alone, overrides=views)
+    several, first = on_one.predict(photographs), on_one.predict(photographs[0])
+    np.testing.assert_allclose(several.probabilities, on_eight.probabilities, atol=1e-5)
+    np.testing.assert_allclose(first.probabilities, several.probabilities[:1], atol=1e-5)
+    assert on_eight.probabilities.std(0).max() > 1e-3  # a photograph in another's place would show
 
 
 def test_an_ensemble_has_the_same_answers(trained, photographs, tmp_path, monkeypatch):
