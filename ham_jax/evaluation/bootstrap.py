@@ -137,19 +137,23 @@ def resamples(
     """
     _, group = np.unique(lesion_ids, return_inverse=True)
     lesions, of_image = np.unique(np.stack([strata, group]), axis=1, return_inverse=True)
-    _, first, sizes = np.unique(lesions[0], return_index=True, return_counts=True)
-    ranges = list(zip(first.tolist(), sizes.tolist(), strict=True))
-    of_image = of_image.ravel()
+    _, first, of_lesion, sizes = np.unique(
+        lesions[0], return_index=True, return_inverse=True, return_counts=True
+    )
+    low = first[of_lesion]  # lesions are sorted by stratum: each draws from a range of places
+    high = low + sizes[of_lesion]
     rng = np.random.default_rng(seed)
     for start in range(0, num_draws, _CHUNK):
         num = min(_CHUNK, num_draws - start)
         weights = np.empty((num, len(strata)))
         for row in weights:
-            # Lesions are sorted by stratum: each draws from a range of places.
-            drawn = [rng.integers(low, low + size, size) for low, size in ranges]
-            counts = np.bincount(np.concatenate(drawn), minlength=lesions.shape[1])
-            row[:] = counts[of_image]
+            row[:] = np.bincount(rng.integers(low, high), minlength=len(low))[of_image.ravel()]
         yield weights.T
+
+
+def packed(weights: np.ndarray) -> np.ndarray:
+    """Returns whole numbers in the smallest type that holds them, which is mostly a byte."""
+    return weights.astype(np.min_scalar_type(int(weights.max())))
 
 
 def draws(figures: "Figures", weights: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
@@ -190,20 +194,20 @@ class Figures:
         """Computes the figures of d resamples.
 
         Args:
-          weights: whole numbers as float64 [n, d], not all 0 for any resample.
+          weights: whole numbers of any type [n, d], in all below 2**30 and above 0 a resample.
 
         Returns:
           float64 [d] each: metrics.METRICS as in `metrics.compute`, and overconfidence (mean
           confidence less accuracy); float64 [C, d] each: sensitivity, auc, average_precision. nan
           where undefined; means run over the classes where it is defined.
         """
-        rows = np.ascontiguousarray(weights.T)
+        rows = np.ascontiguousarray(weights.T, np.float64)
         all_sums = self._parts @ rows.T
         sums = {of: all_sums[rows] for of, rows in self._rows.items()}
         of_class = sums[metrics.of_class]
         total = of_class.sum(axis=0)
         auc, average_precision = np.full((2, *of_class.shape), np.nan)
-        counts = rows.astype(np.min_scalar_type(int(rows.max())))  # mostly bytes, soon gathered
+        counts = packed(rows)
         with ThreadPoolExecutor() as pool:
             areas = pool.map(lambda ranks: ranks.areas(counts), self._ranks.values())
             for k, of_one in zip(self._ranks, areas, strict=True):
