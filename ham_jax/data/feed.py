@@ -191,45 +191,63 @@ def _read(images, batch_size, mesh, beside, start) -> tuple[dict[str, np.ndarray
 def _streamed(records, order, steps, mesh) -> Callable[[np.ndarray], jax.Array]:
     """Returns a function that gives the next step's images, [B, H, W, 3], read ahead by tf.data.
 
-    It does not look at the record numbers that it is given.
+    It does not look at the record numbers that it is given. Threads read the first steps, while
+    TensorFlow is imported, which takes seconds.
     """
-    tf = _tensorflow()
     faults: list[InputError] = []
+    waiting = collections.deque(steps)
+    importer = ThreadPoolExecutor(1)
+    jax.devices()  # JAX takes its devices before TensorFlow is there
+    importing = importer.submit(_tensorflow)
+    importer.shutdown(wait=False)
+    read_numbers = _reader(records, order, mesh)
 
     def read(step: np.ndarray) -> np.ndarray:
-        numbers = order(int(step))
         try:
-            return records.read(numbers[parallel.local_rows(mesh, len(numbers))])
+            return read_numbers(int(step))
         except InputError as error:  # TensorFlow would keep its text only, as one of its own errors
             faults.append(error)
             raise
 
-    def read_in_graph(step):
-        image = tf.numpy_function(read, [step], tf.uint8, stateful=False)
-        return tf.ensure_shape(image, (None, *records.canvas, 3))
+    def meanwhile() -> Iterator[int]:
+        while waiting and not importing.done():
+            yield waiting.popleft()
 
-    dataset = tf.data.Dataset.from_tensor_slices(np.array(steps, np.int64))
-    dataset = dataset.map(read_in_graph, num_parallel_calls=_READ_AHEAD, deterministic=True)
-    images = dataset.prefetch(_READ_AHEAD).as_numpy_iterator()
+    def images() -> Iterator[np.ndarray]:
+        yield from _ahead(read_numbers, meanwhile(), _READ_AHEAD)
+        if not waiting:
+            return
+        tf = importing.result()
 
-    def get(_: np.ndarray) -> jax.Array:
+        def read_in_graph(step):
+            image = tf.numpy_function(read, [step], tf.uint8, stateful=False)
+            return tf.ensure_shape(image, (None, *records.canvas, 3))
+
+        dataset = tf.data.Dataset.from_tensor_slices(np.array(waiting, np.int64))
+        dataset = dataset.map(read_in_graph, num_parallel_calls=_READ_AHEAD, deterministic=True)
         try:
-            return parallel.shard(mesh, next(images))
+            yield from dataset.prefetch(_READ_AHEAD).as_numpy_iterator()
         except tf.errors.OpError as error:
             raise faults[0] if faults else error from error
 
-    return get
+    found = images()
+    return lambda _: parallel.shard(mesh, next(found))
 
 
 def _threaded(records, order, steps, mesh) -> Callable[[np.ndarray], jax.Array]:
     """Is `_streamed` without TensorFlow."""
+    images = _ahead(_reader(records, order, mesh), steps, _READ_AHEAD)
+    return lambda _: parallel.shard(mesh, next(images))
+
+
+def _reader(records, order, mesh) -> Callable[[int], np.ndarray]:
+    """Returns step -> this process's images of it."""
 
     def read(step: int) -> np.ndarray:
         numbers = order(step)
         return records.read(numbers[parallel.local_rows(mesh, len(numbers))])
 
-    images = _ahead(read, steps, _READ_AHEAD)
-    return lambda _: parallel.shard(mesh, next(images))
+    return read
 
 
 def _ahead(read: Callable[[int], Any], places: Iterable[int], num_threads: int) -> Iterator[Any]:
@@ -270,7 +288,6 @@ def _resident(images: "Subset", mesh) -> Callable[[np.ndarray], jax.Array]:
 def _tensorflow():
     """Imports TensorFlow quietly and keeps it off the accelerators, which are JAX's."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    jax.devices()  # JAX takes its devices first
     import tensorflow as tf
 
     tf.config.set_visible_devices([], "GPU")

@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import itertools
+import operator
 import os
 import stat
 from collections.abc import Sequence
@@ -131,7 +132,7 @@ def _walk(folder: str, named: Sequence[str]) -> tuple[list[str], dict[str, str],
         seen.add(real)
         try:
             with os.scandir(parent) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
+                entries = sorted(found, key=operator.attrgetter("name"))
         except OSError as error:
             faults[parent] = f"a folder that cannot be read: {error.strerror}"
             continue
@@ -140,17 +141,21 @@ def _walk(folder: str, named: Sequence[str]) -> tuple[list[str], dict[str, str],
             continue
         folders = []
         for entry in entries:
+            name, path = entry.name, entry.path
             try:
-                is_folder, is_file = entry.is_dir(), entry.is_file()
+                is_folder = entry.is_dir()
+                is_file = not is_folder and entry.is_file()
             except OSError:  # such as a link to itself; `fault` says what it is
                 is_folder = is_file = False
-            if is_hidden(entry.name, named):
-                left_out.append(entry.path)
+            if is_hidden(name, named):
+                left_out.append(path)
+            elif is_file:
+                files.append(path)
             elif is_folder:
-                folders.append(entry.path)
-            elif not is_file and (why := fault(entry.path)):
-                faults[entry.path] = why
+                folders.append(path)
+            elif why := fault(path):
+                faults[path] = why
             else:
-                files.append(entry.path)
+                files.append(path)
         waiting += reversed(folders)
     return files, faults, left_out

@@ -46,7 +46,7 @@ def folds(table: pd.DataFrame, num_folds: int, seed: int) -> np.ndarray:
       InputError: a lesion has several diagnoses, a class has fewer lesions than folds, or the
         seed is out of range.
     """
-    lesions, faults = _lesions(table)
+    lesions, of_image, faults = _lesions(table)
     dx, _ = pd.factorize(lesions["dx"])  # numbers sort sooner than texts
     sizes = lesions["dx"].value_counts().sort_index()
     small = sizes[sizes < num_folds]
@@ -66,11 +66,11 @@ def folds(table: pd.DataFrame, num_folds: int, seed: int) -> np.ndarray:
         faults.append(f"the seed of the folds = {seed} must lie in [0, {2**32 - 1}].")
     if faults:
         raise InputError(faults)
-    fold = pd.Series(-1, index=lesions["lesion_id"])
+    fold = np.full(len(lesions), -1)
     stratified = model_selection.StratifiedKFold(num_folds, shuffle=True, random_state=seed)
     for k, (_, held_out) in enumerate(stratified.split(dx, dx)):
-        fold.iloc[held_out] = k
-    return fold.loc[table["lesion_id"]].to_numpy()
+        fold[held_out] = k
+    return fold[of_image]
 
 
 def set_aside(table: pd.DataFrame, data_config: Any, seed: int) -> np.ndarray:
@@ -94,28 +94,28 @@ def set_aside(table: pd.DataFrame, data_config: Any, seed: int) -> np.ndarray:
     shares = {"test": data_config.test_share, "val": data_config.val_share}
     if not any(shares.values()):
         return np.full(len(table), "")
-    lesions, faults = _lesions(table)
+    lesions, of_image, faults = _lesions(table)
     if faults:
         raise InputError(faults)
     lesions["order"] = [
         hashlib.sha256(f"{seed} {name}".encode()).hexdigest() for name in lesions["lesion_id"]
     ]
-    part, small = pd.Series("", index=lesions["lesion_id"], dtype=object), []
+    part, small = np.full(len(lesions), "", object), []
     for dx, of_class in lesions.sort_values("order").groupby("dx", observed=True):
-        names, start = of_class["lesion_id"].to_numpy(), 0
+        places, start = of_class.index, 0
         for name, share in shares.items():
-            count = max(1, round(share * len(names))) if share else 0
-            part[names[start : start + count]] = name
+            count = max(1, round(share * len(places))) if share else 0
+            part[places[start : start + count]] = name
             start += count
-        if len(names) - start < data_config.num_folds:
-            small.append(f"{dx} {max(0, len(names) - start)} of {len(names)}")
+        if len(places) - start < data_config.num_folds:
+            small.append(f"{dx} {max(0, len(places) - start)} of {len(places)}")
     if small:
         raise InputError(
             f"data.test_share = {shares['test']} and data.val_share = {shares['val']} leave fewer"
             f" lesions of a class than data.num_folds = {data_config.num_folds}"
             f" ({', '.join(small)}): set smaller shares or fewer folds, or add images."
         )
-    return part.loc[table["lesion_id"]].to_numpy(str)
+    return part[of_image].astype(str)
 
 
 def min_lesions(data_config: Any) -> int:
@@ -241,19 +241,28 @@ def audit(
         # As objects, for one of the two may lack a column that the other has.
         rows = pd.concat([rows.astype(object), tested.astype(object)], ignore_index=True)
     rows["lesion_id"] = rows["lesion_id"].where(~_blank(rows["lesion_id"]), rows["image_id"])
-    used = [name for name in SPLITS if (rows["split"] == name).any()]
+    # Numbers from here on, for texts take long.
+    lesion, lesion_names = pd.factorize(rows["lesion_id"])
+    dx = pd.Index(classes.names).get_indexer(rows["dx"])
+    place = pd.Index(SPLITS).get_indexer(rows["split"])
+    blank = {column: _blank(rows[column]).to_numpy() for column in METADATA}
 
     counts, missing = {}, {}
-    for name in used:
-        part = rows.loc[rows["split"] == name, ["lesion_id", "dx", *METADATA]]
-        counts[f"{name}_images"] = part["dx"].value_counts()
-        counts[f"{name}_lesions"] = part.drop_duplicates(["lesion_id", "dx"])["dx"].value_counts()
-        missing[name] = {column: int(_blank(part[column]).sum()) for column in METADATA}
-    counts = pd.DataFrame(counts).reindex(classes.names).fillna(0).astype(int).rename_axis("dx")
+    for number, name in enumerate(SPLITS):
+        if not (own := place == number).any():
+            continue
+        known = own & (dx >= 0)
+        has = np.zeros((len(lesion_names), len(classes)), bool)
+        has[lesion[known], dx[known]] = True
+        counts[f"{name}_images"] = np.bincount(dx[known], minlength=len(classes))
+        counts[f"{name}_lesions"] = has.sum(axis=0)
+        missing[name] = {column: int(blank[column][own].sum()) for column in METADATA}
+    counts = pd.DataFrame(counts, index=pd.Index(classes.names, name="dx"))
     counts.loc["total"] = counts.sum()
 
-    pairs = rows[["lesion_id", "split"]].drop_duplicates()
-    shared = pairs["lesion_id"][pairs["lesion_id"].duplicated()].unique()
+    lies = np.zeros((len(lesion_names), len(SPLITS)), bool)
+    lies[lesion, place] = True
+    shared = lesion_names[lies.sum(axis=1) > 1]
     is_hashed = ~_blank(rows["file_sha256"])
     repeated = rows[is_hashed & rows["file_sha256"].duplicated(keep=False)]
     repeated = repeated.sort_values("file_sha256", kind="stable")
@@ -390,14 +399,22 @@ def _from_csv(table: pd.DataFrame, path: str) -> np.ndarray:
     return split
 
 
-def _lesions(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """Returns (lesion_id and dx of each lesion, sorted; a fault where one has several dx)."""
-    lesions = table[["lesion_id", "dx"]].drop_duplicates().sort_values(["lesion_id", "dx"])
-    mixed = lesions.loc[lesions["lesion_id"].duplicated(), "lesion_id"].unique()
+def _lesions(table: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray, list[str]]:
+    """Returns (lesion_id and dx of each lesion, sorted; each image's lesion; see below).
+
+    The last is a fault where a lesion has several dx, which then has as many rows.
+    """
+    of_image, names = pd.factorize(table["lesion_id"], sort=True)
+    dx, dx_names = pd.factorize(table["dx"], sort=True)
+    has = np.zeros((len(names), len(dx_names)), bool)
+    has[of_image, dx] = True
+    lesion, dx = has.nonzero()
+    lesions = pd.DataFrame({"lesion_id": names[lesion], "dx": dx_names[dx]})
+    mixed = names[has.sum(axis=1) > 1]
     if not len(mixed):
-        return lesions, []
+        return lesions, of_image, []
     fault = f"metadata: {len(mixed)} lesion(s) have more than one dx: {_some(mixed)}."
-    return lesions, [f"{fault} A lesion has one diagnosis; correct dx or lesion_id."]
+    return lesions, of_image, [f"{fault} A lesion has one diagnosis; correct dx or lesion_id."]
 
 
 def _blank(column: pd.Series) -> pd.Series:

@@ -151,6 +151,11 @@ def resamples(
         yield weights.T
 
 
+def packed(weights: np.ndarray) -> np.ndarray:
+    """Returns whole numbers in the smallest type that holds them, which is mostly a byte."""
+    return weights.astype(np.min_scalar_type(int(weights.max())))
+
+
 def draws(figures: "Figures", weights: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
     """Returns each figure in all resamples, [..., num_draws]."""
     parts = [figures(chunk) for chunk in weights]
@@ -189,21 +194,22 @@ class Figures:
         """Computes the figures of d resamples.
 
         Args:
-          weights: whole numbers as float64 [n, d], not all 0 for any resample.
+          weights: whole numbers of any type [n, d], in all below 2**30 and above 0 a resample.
 
         Returns:
           float64 [d] each: metrics.METRICS as in `metrics.compute`, and overconfidence (mean
           confidence less accuracy); float64 [C, d] each: sensitivity, auc, average_precision. nan
           where undefined; means run over the classes where it is defined.
         """
-        rows = np.ascontiguousarray(weights.T)
+        rows = np.ascontiguousarray(weights.T, np.float64)
         all_sums = self._parts @ rows.T
         sums = {of: all_sums[rows] for of, rows in self._rows.items()}
         of_class = sums[metrics.of_class]
         total = of_class.sum(axis=0)
         auc, average_precision = np.full((2, *of_class.shape), np.nan)
+        counts = packed(rows)
         with ThreadPoolExecutor() as pool:
-            areas = pool.map(lambda ranks: ranks.areas(rows), self._ranks.values())
+            areas = pool.map(lambda ranks: ranks.areas(counts), self._ranks.values())
             for k, of_one in zip(self._ranks, areas, strict=True):
                 auc[k], average_precision[k] = of_one
         found = {
@@ -236,45 +242,47 @@ class _Ranks:
             np.searchsorted(score_of_positive, score_of_positive, s) for s in _SIDES
         )
 
-    def areas(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns AUC and average precision [d] of weights [d, n]."""
+    def areas(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns AUC and average precision [d] of whole numbers [d, n], a small type's."""
         step = max(1, _CACHED // len(self._order))
-        parts = [self._areas(weights[i : i + step]) for i in range(0, len(weights), step)]
+        parts = [self._areas(counts[i : i + step]) for i in range(0, len(counts), step)]
         auc, average_precision = map(np.concatenate, zip(*parts, strict=True))
         return auc, average_precision
 
-    def _areas(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        below = _sums_before(weights.take(self._order, axis=1))
-        own = weights.take(self._positives, axis=1)
-        own_below = _sums_before(own)
-        num_positive, total = own_below[:, -1], below[:, -1]
-        below_low, own_below_low = (
-            below.take(self._low, axis=1),
-            own_below.take(self._own_low, axis=1),
-        )
+    def _areas(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        below = _sums_before(counts.take(self._order, axis=1), np.int32)
+        own = counts.take(self._positives, axis=1)
+        own_below = _sums_before(own, np.int32)
+        num_positive, total = own_below[:, -1:], below[:, -1:]
+        below_low = below.take(self._low, axis=1)
+        own_below_low = own_below.take(self._own_low, axis=1)
         # Each positive wins against the negatives below it and half of those level with it.
         wins = below.take(self._high, axis=1)
         wins += below_low
         wins -= own_below_low
         wins -= own_below.take(self._own_high, axis=1)
-        wins *= own  # whole numbers, which are summed exactly in any order
-        pairs = 2 * num_positive * (total - num_positive)
+        own = own.astype(np.float64)
+        num_wins = (wins * own).sum(axis=1)  # whole numbers, which are exact in any order
+        pairs = 2.0 * num_positive * (total - num_positive)
         # Each positive adds the precision among the images that score no less than it does.
-        precision = _ratio(num_positive[:, None] - own_below_low, total[:, None] - below_low)
-        own *= np.nan_to_num(precision)
+        precision = np.zeros_like(own)
+        from_here = total - below_low
+        np.divide(num_positive - own_below_low, from_here, out=precision, where=from_here > 0)
+        precision *= own
         return (
-            _ratio(wins.sum(axis=1), pairs),
-            _ratio(_sums_before(own)[:, -1], num_positive),
+            _ratio(num_wins, pairs[:, 0]),
+            _ratio(_sums_before(precision, np.float64)[:, -1], num_positive[:, 0]),
         )
 
 
 _SIDES = ("left", "right")
 
 
-def _sums_before(weights: np.ndarray) -> np.ndarray:
+def _sums_before(values: np.ndarray, dtype: type) -> np.ndarray:
     """Returns the sums [d, n + 1] of the first 0, 1, ... n columns, added one after the other."""
-    sums = np.zeros((len(weights), weights.shape[1] + 1))
-    np.cumsum(weights, axis=1, out=sums[:, 1:])
+    sums = np.empty((len(values), values.shape[1] + 1), dtype)
+    sums[:, 0] = 0
+    np.cumsum(values, axis=1, dtype=dtype, out=sums[:, 1:])
     return sums
 
 

@@ -107,7 +107,7 @@ def _measure_axis(predictions: Predictions, names: np.ndarray) -> dict[str, Any]
     # The images as they are, then resampled: the first value of each figure is its own.
     as_is = np.ones((len(labels), 1))
     resamples = bootstrap.resamples(strata, predictions.lesion_ids, _NUM_DRAWS, seed=0)
-    weights = [as_is, *resamples]
+    weights = [as_is, *map(bootstrap.packed, resamples)]
 
     def drawn(side: np.ndarray, ranked: np.ndarray | None = None) -> dict[str, np.ndarray]:
         figures = bootstrap.Figures(labels[side], predictions.probabilities[side], ranked)

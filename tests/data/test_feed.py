@@ -1,11 +1,13 @@
 """Each feed, on any number of devices and processes, brings the same images in the same order."""
 
+import itertools
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +78,18 @@ def test_each_feed_brings_the_same_pixels_and_labels(records):
             np.testing.assert_array_equal(batch["image"], truth)
             np.testing.assert_array_equal(batch["label"], labels)
             assert batch["image"].sharding == of_step[0]["image"].sharding
+
+
+def test_threads_read_until_tensorflow_is_there(records, monkeypatch):
+    rows, mesh, steps = np.arange(len(records.table)), parallel.mesh(), range(12)
+    order = feed.shuffled(rows, 8, seed=4)
+    ask, imported = feed._tensorflow, threading.Event()
+    monkeypatch.setattr(feed, "_tensorflow", lambda: imported.wait(60) and ask())
+    batches = feed.batches("stream", Subset(records, rows), order, single(steps), mesh)
+    found = [next(batches) for _ in range(3)]
+    imported.set()
+    for step, batch in zip(steps, itertools.chain(found, batches), strict=True):
+        np.testing.assert_array_equal(batch["image"], records.read(order(step)))
 
 
 def test_the_feed_is_chosen_by_memory_and_a_stream_needs_no_tensorflow(monkeypatch):
