@@ -46,7 +46,7 @@ def test_a_loaded_run_answers_as_its_files_say(trained, photographs, tiny_record
     rows = np.flatnonzero(np.isin(opened.table["image_id"], judged.image_ids))
     images = opened.read(rows)
     np.testing.assert_array_equal(loaded.probabilities(images), judged.probabilities)
-    assert loaded.features(images).shape == (len(images), 32)
+    assert loaded.features(images).shape == (len(images), 16)
     view, heat = loaded.explain(images[:3], np.array([0, 4, 6]))
     assert view.shape == (3, 16, 16, 3)
     assert heat.shape == (3, 16, 16)
