@@ -53,7 +53,6 @@ def test_the_demonstration_with_other_classes_in_every_mode(
 ):
     family = Family(names=("patches",), build=lambda *_: Patches())
     monkeypatch.setattr(models, "FAMILIES", (*models.FAMILIES, family))
-    monkeypatch.setattr(loop.evaluate.calibration, "NUM_FOLDS", 2)  # a third of the time
     monkeypatch.chdir(tmp_path)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
     c = config.base()
@@ -97,6 +96,7 @@ def test_the_demonstration_with_other_classes_in_every_mode(
     assert all(name in page for name in names)
     assert ("Malignant or not" in page) == bool(flagged)
 
+    monkeypatch.setattr(loop.evaluate.calibration, "NUM_FOLDS", 2)  # a third of the time
     joined = crossval.train(c, folds, mesh, NeverStop())
     assert joined["num_images"] == 96
     assert predict.run([folds], images, tmp_path / "answers.csv", [], mesh) == 48

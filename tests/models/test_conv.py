@@ -43,7 +43,7 @@ def problems(draw):
     return problem(shape, size, geometry)
 
 
-@settings(max_examples=8, deadline=None)  # each compiles a program of a dozen forms
+@settings(max_examples=25, deadline=None)
 @given(problems())
 @example(problem((2, 2), (3, 3), conv.Geometry(1, ((1, 1), (1, 1)))))  # a kernel over all the map
 @example(problem((8, 6), (3, 3), conv.Geometry(2, ((0, 1), (0, 1)))))
