@@ -121,6 +121,10 @@ class Checkpoints:
           InputError: the disk is full, or fails; also for an earlier save.
         """
         self.check_space(state)
+        if jax.process_count() == 1:
+            # Orbax would share each array out among the devices that hold it, and compile a program
+            # for each device and shape to cut it.
+            state = jax.tree.map(lambda x: x.addressable_data(0), state)
         with self._telling():
             self._manager.save(
                 step,

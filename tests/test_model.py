@@ -47,7 +47,7 @@ def test_a_loaded_run_answers_as_its_files_say(trained, photographs, tiny_record
     rows = np.flatnonzero(np.isin(opened.table["image_id"], judged.image_ids))
     images = opened.read(rows)
     np.testing.assert_array_equal(loaded.probabilities(images), judged.probabilities)
-    assert loaded.features(images).shape == (len(images), 32)
+    assert loaded.features(images).shape == (len(images), 16)
     view, heat = loaded.explain(images[:3], np.array([0, 4, 6]))
     assert view.shape == (3, 16, 16, 3)
     assert heat.shape == (3, 16, 16)
@@ -118,7 +118,7 @@ def test_photographs_come_in_any_form_and_answers_one_by_one(trained, photograph
         answers[8]
     with pytest.raises(FileNotFoundError):
         print(loaded.card)
-    assert loaded.features(loaded.decode(photographs[:2])).shape == (2, 32)
+    assert loaded.features(loaded.decode(photographs[:2])).shape == (2, 16)
 
 
 def loaded_threshold(loaded):
@@ -139,7 +139,7 @@ def test_asking_a_trained_network_needs_no_training_libraries(trained, photograp
             sys.modules[name] = None
         import ham_jax
         from ham_jax.models import resnet
-        resnet._WIDTHS, resnet.DEPTHS["resnet18"] = (16, 32), (1, 1)  # as in conftest
+        resnet._WIDTHS, resnet.DEPTHS["resnet18"] = (16,), (1,)  # as in conftest
         print(ham_jax.load(sys.argv[1]).predict(sys.argv[2:]).probabilities.shape)
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(trained), *photographs[:2]]
@@ -165,7 +165,7 @@ def test_an_exported_network_that_was_traced_before_answers_without_flax_or_pand
         from ham_jax.commands import predict
         if not again:
             from ham_jax.models import resnet
-            resnet._WIDTHS, resnet.DEPTHS["resnet18"] = (16, 32), (1, 1)  # as in conftest
+            resnet._WIDTHS, resnet.DEPTHS["resnet18"] = (16,), (1,)  # as in conftest
         print(ham_jax.load(sys.argv[1]).predict(sys.argv[2:]).probabilities.tobytes().hex())
     """
     environment = os.environ | {
@@ -196,7 +196,7 @@ def test_predict_eval_explain_and_report_run_where_training_is_not_installed(
         from ham_jax.commands import predict
         from ham_jax.evaluation import evaluate, explain, report
         from ham_jax.models import resnet
-        resnet._WIDTHS, resnet.DEPTHS["resnet18"] = (16, 32), (1, 1)  # as in conftest
+        resnet._WIDTHS, resnet.DEPTHS["resnet18"] = (16,), (1,)  # as in conftest
         run, photograph, mesh = Path(sys.argv[1]), sys.argv[2], parallel.mesh()
         evaluate.run([run], "val", [], mesh)
         predict.run([run], photograph, run / "predict.csv", [], mesh)

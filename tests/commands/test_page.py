@@ -23,6 +23,7 @@ from ham_jax.data.metadata import NUM_METADATA
 from ham_jax.evaluation import ood
 from ham_jax.inference import calibrator
 from ham_jax.model import Ensemble, Model
+from ham_jax.models import resnet
 
 CHROMIUM = Path("/usr/bin/chromium")
 if not CHROMIUM.exists():
@@ -65,7 +66,16 @@ def photographs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(small_resnet18, photographs, tmp_path_factory):
+def two_blocks():
+    """Makes resnet18 two narrow blocks: random weights of one tell no photographs apart."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resnet, "_WIDTHS", (16, 32))
+        patch.setitem(resnet.DEPTHS, "resnet18", (1, 1))
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(two_blocks, photographs, tmp_path_factory):
     """A network with random weights, that takes metadata, with calibration and detector."""
     c = config.base()
     c.data.canvas = (24, 32)

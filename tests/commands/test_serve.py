@@ -389,7 +389,7 @@ CODE = """
         sys.modules[name] = None
     from ham_jax import main
     from ham_jax.models import resnet
-    resnet._WIDTHS, resnet.DEPTHS["resnet18"] = (16, 32), (1, 1)  # as in conftest
+    resnet._WIDTHS, resnet.DEPTHS["resnet18"] = (16,), (1,)  # as in conftest
     main.run()
 """
 
