@@ -124,7 +124,9 @@ class Checkpoints:
         if jax.process_count() == 1:
             # Orbax would share each array out among the devices that hold it, and compile a program
             # for each device and shape to cut it.
-            state = jax.tree.map(lambda x: x.addressable_data(0), state)
+            state = jax.tree.map(
+                lambda x: x.addressable_data(0) if x.is_fully_replicated else x, state
+            )
         with self._telling():
             self._manager.save(
                 step,

@@ -84,7 +84,7 @@ def pytest_runtest_call(item):
 
 @pytest.fixture(scope="module")
 def small_resnet18():
-    """Makes resnet18 one narrow block: it compiles in a quarter of the time."""
+    """Makes resnet18 one narrow block: it compiles in a fraction of the time."""
     from ham_jax.models import resnet
 
     with pytest.MonkeyPatch.context() as patch:

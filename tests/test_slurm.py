@@ -69,7 +69,7 @@ TINY = """\
 from ham_jax import config
 from ham_jax.models import resnet
 
-# One narrow block compiles in a quarter of the time.
+# One narrow block compiles in a fraction of the time.
 resnet.DEPTHS["resnet18"], resnet._WIDTHS = (1,), (16,)
 
 

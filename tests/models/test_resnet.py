@@ -178,11 +178,8 @@ def test_training_moves_the_statistics_and_evaluation_does_not(narrow):
     np.testing.assert_allclose(half, logits, atol=0.05 * np.abs(logits).max())
 
 
-def test_one_and_eight_devices_take_the_same_steps(monkeypatch):
-    # One block: it has all that looks across a batch, three times, and each step compiles long.
-    monkeypatch.setattr(resnet, "_WIDTHS", (16,))
-    monkeypatch.setitem(resnet.DEPTHS, "resnet18", (1,))
-    net = network.__wrapped__(dtype="float64", zero_init=False)
+def test_one_and_eight_devices_take_the_same_steps(narrow):
+    net = narrow(dtype="float64", zero_init=False)
     start = net.init(3)
     label = np.arange(8) % 7
 
