@@ -627,7 +627,10 @@ def startup() -> dict[str, Any]:
         photograph = _photograph(folder)
         for number in range(_ROUNDS.value):
             environment["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/cache{number}"
-            for name, (command, sign) in _starts(folder, photograph).items():
+            starts = _starts(folder, photograph)
+            for name, (command, sign) in starts.items():
+                if "warm" in name and name.replace("warm", "cold") not in starts:
+                    _seconds_until(sign, command, environment)  # which fills the cache
                 shutil.rmtree(f"{folder}/run", ignore_errors=True)
                 taken = _seconds_until(sign, command, environment)
                 results.setdefault(name, []).append(taken)
@@ -660,7 +663,7 @@ def _starts(folder: str, photograph: str) -> dict[str, tuple[list[str], str | No
         "first step, cold compile cache": (run, "step 1/1"),
         "first step, warm compile cache": (run, "step 1/1"),
     }
-    return {name: start for name, start in starts.items() if re.search(_STARTS.value, name)}
+    return {name: starts[name] for name in starts if re.search(_STARTS.value, name)}
 
 
 def _photograph(folder: str) -> str:
