@@ -263,19 +263,25 @@ def audit(
     lies = np.zeros((len(lesion_names), len(SPLITS)), bool)
     lies[lesion, place] = True
     shared = lesion_names[lies.sum(axis=1) > 1]
-    is_hashed = ~_blank(rows["file_sha256"])
-    repeated = rows[is_hashed & rows["file_sha256"].duplicated(keep=False)]
-    repeated = repeated.sort_values("file_sha256", kind="stable")
-    files_of = zip(*(repeated[k] for k in ("file_sha256", "image_id", "split")), strict=True)
-    duplicates = tuple(
-        tuple((name, split) for _, name, split in group)
-        for _, group in itertools.groupby(files_of, operator.itemgetter(0))
-    )
     return Audit(
         counts=counts,
         shared_lesions=tuple(sorted(shared)),
-        duplicate_files=duplicates if is_hashed.any() else None,
+        duplicate_files=_duplicates(rows),
         missing=pd.DataFrame(missing),
+    )
+
+
+def _duplicates(rows: pd.DataFrame) -> tuple[tuple[tuple[str, str], ...], ...] | None:
+    """Returns (image_id, split) of each group of equal files; None where no checksum is known."""
+    is_hashed = ~_blank(rows["file_sha256"])
+    if not is_hashed.any():
+        return None
+    repeated = rows[is_hashed & rows["file_sha256"].duplicated(keep=False)]
+    repeated = repeated.sort_values("file_sha256", kind="stable")
+    files_of = zip(*(repeated[k] for k in ("file_sha256", "image_id", "split")), strict=True)
+    return tuple(
+        tuple((name, split) for _, name, split in group)
+        for _, group in itertools.groupby(files_of, operator.itemgetter(0))
     )
 
 
