@@ -40,8 +40,8 @@ _MOST_ON_CPU = 2
 _SCORED = 256  # photographs: one at a time, the detector's product takes longer than the network
 _MOST_LANES = 8
 # YNNPACK is kept for convolutions: each of its products waits twice for other threads, and in a
-# small batch that takes as long as the product.
-_ON_CPU = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"}
+# small batch that takes as long as the product. In a large one nothing is gained.
+_OF_FEW = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"}
 _IN_FLIGHT = 4  # batches a lane: so decoding goes on while the devices work
 
 Variables = Mapping[str, Any]
@@ -127,12 +127,13 @@ class Forward:
         self._center = jit(self._view)
         jit = functools.partial(jax.jit, out_shardings=parallel.replicated(mesh))
         self._mean = jit(lambda views: sum(views[1:], views[0]) / len(views))
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        options = _ON_CPU if on_cpu else None
-        self._said = jit(self._of_view, compiler_options=options)
+        self._said = jit(self._of_view)
+        options = _OF_FEW if mesh.devices.flat[0].platform == "cpu" else None
+        self._said_of_few = jit(self._of_view, compiler_options=options)
         self.explain = jit(self._explain)
         if about is not None and mesh.devices.size == 1:
-            self._said = programs.Kept(self._said, ["network", *about], options)
+            self._said = programs.Kept(self._said, ["network", *about])
+            self._said_of_few = programs.Kept(self._said_of_few, ["network", *about], options)
             self._tile = programs.Kept(self._tile, ["tile", grid, *self._view.keywords.values()])
 
     @functools.cached_property
@@ -156,7 +157,8 @@ class Forward:
         metadata = None
         if self._takes_metadata:  # which the features do not depend on
             metadata = np.tile(MISSING, (len(image), 1))
-        return self._said(variables, self._center(image), np.int32(0), metadata)[1]
+        said = self._program(len(image))
+        return said(variables, self._center(image), np.int32(0), metadata)[1]
 
     def both(
         self, variables: Variables, image: jax.Array, metadata: jax.Array | None = None
@@ -176,9 +178,12 @@ class Forward:
             for tile in tiles
             for k in range(self._num_views)
         ]
-        views = self.lanes.run(self._said, calls, len(image))
+        views = self.lanes.run(self._program(len(image)), calls, len(image))
         probabilities, features = zip(*views, strict=True)
         return self._mean(probabilities) if views[1:] else probabilities[0], features[0]
+
+    def _program(self, batch_size: int) -> Any:
+        return self._said_of_few if batch_size <= _MOST_ON_CPU else self._said
 
     def _of_view(self, variables, view, k, metadata):
         weights = variables["params"], variables["batch_stats"]
