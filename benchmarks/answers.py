@@ -137,6 +137,8 @@ def main(argv: list[str]) -> None:
     if speed._CONTESTANT.value:
         _worker(speed._CONTESTANT.value)
         return
+    if not next(Path(speed._ORIGINALS.value).rglob("*.jpg"), None):
+        raise app.UsageError(f"--originals={speed._ORIGINALS.value} has no .jpg below it.")
     with tempfile.TemporaryDirectory() as folder:
         results = {str(views): _compare(views, folder) for views in _VIEWS.value}
     output = Path(speed._JSON.value or "runs/benchmark/answers.json")

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -690,18 +690,22 @@ class Ensemble:
                 size = min(size, -(-batch_size // num_devices) * num_devices)
             decoded = decode(canvas, config.data.num_workers)
             batches = _in_batches(decoded, num, size, errors, title)
+            batches = (
+                (place, rows, images, None if codes is None else codes[rows])
+                for rows, images in batches
+                for place in chosen
+            )
+
+            def ask(batch, size=size):
+                place, rows, images, beside = batch
+                return place, rows, self.members[place].ask(images, beside, size)
+
             num_lanes = self.members[0].forward.lanes.num(size)
-            with ThreadPoolExecutor(num_lanes, "ask") as pool:
-                asked = (
-                    (place, rows, pool.submit(self.members[place].ask, images, beside, size))
-                    for rows, images in batches
-                    for beside in [None if codes is None else codes[rows]]
-                    for place in chosen
-                )
-                for place, rows, said, features in _gathered(asked, _IN_FLIGHT * num_lanes):
-                    raw[place, rows] = normalised(said)
-                    if found := self.members[place].detector:
-                        scores[place, rows] = found.score(features)
+            asked = feed.ahead(ask, batches, num_lanes, _IN_FLIGHT * num_lanes)
+            for place, rows, said, features in _gathered(asked):
+                raw[place, rows] = normalised(said)
+                if found := self.members[place].detector:
+                    scores[place, rows] = found.score(features)
         of_members = [s if m.detector else None for s, m in zip(scores, self.members, strict=True)]
         return self._answers(raw, detector.joined(of_members), errors)
 
@@ -896,33 +900,19 @@ def _table(metadata: Any, num_photographs: int) -> "pd.DataFrame":
     return table
 
 
-def _gathered(
-    asked: Iterable[tuple[int, list[int], Future[tuple[jax.Array, ...]]]], num_in_flight: int
-) -> Iterator[Any]:
+def _gathered(asked: Iterable[tuple[int, list[int], tuple[jax.Array, ...]]]) -> Iterator[Any]:
     """Yields (member, numbers of photographs [k], arrays [k, ...]) of several batches together.
 
     Args:
-      asked: (member, numbers, what `Model.ask` will have returned), of one batch.
-      num_in_flight: of so many are asked before the first is waited for.
+      asked: (member, numbers, what `Model.ask` returned), of one batch.
     """
     parts: dict[int, list[tuple[Any, ...]]] = collections.defaultdict(list)
-    for place, rows, said in _ahead(asked, num_in_flight):
-        arrays = (np.asarray(array)[: len(rows)] for array in said.result())
-        parts[place].append((rows, *arrays))
+    for place, rows, said in asked:
+        parts[place].append((rows, *(np.asarray(array)[: len(rows)] for array in said)))
         if sum(len(rows) for rows, *_ in parts[place]) >= _SCORED:
             yield place, *map(np.concatenate, zip(*parts.pop(place), strict=True))
     for place, rest in parts.items():
         yield place, *map(np.concatenate, zip(*rest, strict=True))
-
-
-def _ahead(asked: Iterable[Any], num_in_flight: int) -> Iterator[Any]:
-    """Yields the same, some behind."""
-    waiting: collections.deque[Any] = collections.deque()
-    for one in asked:
-        waiting.append(one)
-        if len(waiting) > num_in_flight:
-            yield waiting.popleft()
-    yield from waiting
 
 
 def _in_batches(

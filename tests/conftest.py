@@ -92,6 +92,17 @@ def small_resnet18():
         yield
 
 
+@pytest.fixture(scope="module")
+def two_blocks():
+    """Makes resnet18 two narrow blocks, of which the second has a stride and a shortcut."""
+    from ham_jax.models import resnet
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resnet, "_WIDTHS", (16, 32))
+        patch.setitem(resnet.DEPTHS, "resnet18", (1, 1))
+        yield
+
+
 def _narrow(patch, resnet):
     patch.setattr(resnet, "_WIDTHS", (16,))
     patch.setitem(resnet.DEPTHS, "resnet18", (1,))

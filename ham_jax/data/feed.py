@@ -165,7 +165,7 @@ def sequential(
       beside: what else a batch holds, by name, such as `metadata`: [n, ...].
     """
     read = functools.partial(_read, images, batch_size, mesh, beside)
-    for batch, count in _ahead(read, range(0, len(images), batch_size), 1):
+    for batch, count in ahead(read, range(0, len(images), batch_size), 1, 1):
         yield parallel.shard(mesh, batch), count
 
 
@@ -214,7 +214,7 @@ def _streamed(records, order, steps, mesh) -> Callable[[np.ndarray], jax.Array]:
             yield waiting.popleft()
 
     def images() -> Iterator[np.ndarray]:
-        yield from _ahead(read_numbers, meanwhile(), _READ_AHEAD)
+        yield from ahead(read_numbers, meanwhile(), _READ_AHEAD, _READ_AHEAD)
         if not waiting:
             return
         tf = importing.result()
@@ -236,7 +236,7 @@ def _streamed(records, order, steps, mesh) -> Callable[[np.ndarray], jax.Array]:
 
 def _threaded(records, order, steps, mesh) -> Callable[[np.ndarray], jax.Array]:
     """Is `_streamed` without TensorFlow."""
-    images = _ahead(_reader(records, order, mesh), steps, _READ_AHEAD)
+    images = ahead(_reader(records, order, mesh), steps, _READ_AHEAD, _READ_AHEAD)
     return lambda _: parallel.shard(mesh, next(images))
 
 
@@ -250,13 +250,15 @@ def _reader(records, order, mesh) -> Callable[[int], np.ndarray]:
     return read
 
 
-def _ahead(read: Callable[[int], Any], places: Iterable[int], num_threads: int) -> Iterator[Any]:
-    """Yields read(place) of each, in order; as many as there are threads are read ahead."""
+def ahead(
+    function: Callable[[Any], Any], items: Iterable[Any], num_threads: int, num_ahead: int
+) -> Iterator[Any]:
+    """Yields function(item) of each, in order; threads call it for so many items ahead."""
     with ThreadPoolExecutor(num_threads) as pool:
         waiting: collections.deque[Future] = collections.deque()
-        for place in places:
-            waiting.append(pool.submit(read, place))
-            if len(waiting) > num_threads:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > num_ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

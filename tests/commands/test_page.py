@@ -23,7 +23,6 @@ from ham_jax.data.metadata import NUM_METADATA
 from ham_jax.evaluation import ood
 from ham_jax.inference import calibrator
 from ham_jax.model import Ensemble, Model
-from ham_jax.models import resnet
 
 CHROMIUM = Path("/usr/bin/chromium")
 if not CHROMIUM.exists():
@@ -63,15 +62,6 @@ def photographs(tmp_path_factory):
     (beside / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
     pillow_heif.from_pillow(Image.fromarray(pixels)).save(beside / "phone.heic")
     return folder, beside
-
-
-@pytest.fixture(scope="module")
-def two_blocks():
-    """Makes resnet18 two narrow blocks: random weights of one tell no photographs apart."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resnet, "_WIDTHS", (16, 32))
-        patch.setitem(resnet.DEPTHS, "resnet18", (1, 1))
-        yield
 
 
 @pytest.fixture(scope="module")

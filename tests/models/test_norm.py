@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from ham_jax import config, models, parallel
-from ham_jax.models import norm, resnet
+from ham_jax.models import norm
 
 
 def apply(x, number):
@@ -40,10 +40,8 @@ def test_parts_are_batches_of_their_own_and_share_weights_and_averages():
 
 
 @pytest.mark.parametrize(("groups", "num_sums"), [(1, 5), (8, 0)])
-def test_statistics_of_a_device_need_no_other(groups, num_sums, monkeypatch):
+def test_statistics_of_a_device_need_no_other(groups, num_sums, two_blocks):
     """Else each layer sums over all eight of them, a shortcut with the layer beside it."""
-    monkeypatch.setattr(resnet, "_WIDTHS", (16, 32))
-    monkeypatch.setitem(resnet.DEPTHS, "resnet18", (1, 1))
     section = config.base().model
     section.stem = "small"
     network, mesh = models.build(section, 7), parallel.mesh()
